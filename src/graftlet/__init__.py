@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graftlet: train a small adapter on a frozen large model, then save, load, merge, switch and serve it.
+
+Every public name is resolved on first use, so that `import graftlet` costs no more than `import torch`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "config": "PeftConfig PromptLearningConfig PeftType TaskType get_peft_config",
+    "errors": "GraftletError GraftletWarning PeftError PeftWarning NoMatchingPeftModuleError",
+    "registry": "method",
+    "core.context": "Call using",
+    "methods.lora": "LoraConfig LoraRuntimeConfig",
+    "methods.oft": "OFTConfig",
+    "methods.hra": "HRAConfig",
+    "methods.ia3": "IA3Config",
+    "methods.road": "RoadConfig",
+    "methods.shira": "ShiraConfig",
+    "methods.hira": "HiraConfig",
+    "methods.lily": "LilyConfig",
+    "methods.ln_tuning": "LNTuningConfig",
+    "methods.trainable_tokens": "TrainableTokensConfig",
+    "methods.prompts.prompt_tuning": "PromptTuningConfig PromptTuningInit PromptEmbedding",
+    "methods.prompts.prefix_tuning": "PrefixTuningConfig PrefixEncoder",
+    "methods.adaption_prompt": "AdaptionPromptConfig",
+    "model.peft_model": "PeftModel",
+    "model.tasks": "PeftModelForCausalLM PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+    "PeftModelForTokenClassification PeftModelForQuestionAnswering PeftModelForFeatureExtraction "
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM "
+    "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
+    "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction",
+    "model.mapping": "get_peft_model inject_adapter_in_model",
+    "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
+    "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
+    "model.status": "get_layer_status get_model_status",
+}
+_home = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = ["__version__", *sorted(_home)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _home:
+        raise AttributeError(f"module 'graftlet' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_home[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
