@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one call of a model carries to its layers: which adapter serves each row.
+
+It belongs to the call and its thread. Layers read it as they run, so no hooks are added or removed. A recomputation by
+gradient checkpointing happens after the call has returned; `carrying` brings the context along.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = "__base__"
+"""In `adapter_names`: a row that the base model serves alone."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's facts. rows: an adapter name for each row of the batch, or None where the model's own choice acts."""
+
+    rows: tuple[str, ...] | None = None
+
+    def groups(self, count: int | None, device: torch.device) -> list[tuple[str, Tensor]] | None:
+        """Each adapter with the indices of its rows in an input of `count` rows; None where they cannot be told.
+
+        Beam search repeats every row, so `count` may be a multiple.
+        """
+        rows = self.rows or ()
+        if count is None or not rows or count % len(rows):
+            return None
+        repeat, found = count // len(rows), dict[str, list[int]]()
+        for i, name in enumerate(rows):
+            found.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+        return [(name, torch.tensor(index, device=device)) for name, index in found.items()]
+
+
+class _Local(threading.local):
+    call: Call | None = None
+
+
+_local = _Local()
+
+
+def current() -> Call | None:
+    """The context of the call in progress on this thread."""
+    return _local.call
+
+
+@contextmanager
+def using(call: Call | None) -> Iterator[None]:
+    """Make `call` the context until the block ends."""
+    before, _local.call = _local.call, call
+    try:
+        yield
+    finally:
+        _local.call = before
+
+
+class Carrying:
+    """A checkpoint function whose recomputation sees the context that its forward saw."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = current()
+
+        def again(*a: Any, **k: Any) -> Any:
+            with using(call):
+                return function(*a, **k)
+
+        return self.checkpoint(again if call is not None else function, *args, **kwargs)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done to all adapters of a model at once: activate, enable, freeze, merge, unload, delete.
+
+Each either happens on every layer or on none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..errors import MergeError, MergeWarning, listing, warn
+from .layer import AdaptedLayer, AdapterHost, check_known, hosts
+
+
+class Shell(nn.Module):
+    """A wrapper that only gives its adapted layer a name of its own in the keys: `embed_tokens.token_adapter`."""
+
+    def __init__(self, name: str, layer: AdapterHost) -> None:
+        super().__init__()
+        self.inner_name = name
+        self.add_module(name, layer)
+
+    @property
+    def inner(self) -> AdapterHost:
+        return cast(AdapterHost, self._modules[self.inner_name])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules") or {}
+            if not modules:
+                raise
+            return getattr(next(iter(modules.values())), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """The names of all adapters that any layer of a model holds, in the order they came."""
+    return list(dict.fromkeys(n for _, host in hosts(model) for n in host.adapters))
+
+
+def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Make one adapter, or several together, the active ones on every layer.
+
+    Raises `AdapterNameError` where a name is unknown; nothing is changed then.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    found = list(hosts(model))
+    check_known(names, list(dict.fromkeys(n for _, host in found for n in host.adapters)))
+    for _, host in found:
+        host.set_adapter(names, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    """Let adapters learn, or freeze them, whether they are active or not."""
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    check_known(names, adapters_of(model))
+    for _, host in hosts(model):
+        for name in names:
+            if name in host.adapters:
+                host.set_requires_grad(name, requires_grad)
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Let the active adapters act on every layer, or the base model alone."""
+    for _, host in reversed(list(hosts(model))):
+        host.enable_adapters(enabled)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model alone, until the block ends; gradients' flags are as they were afterwards."""
+    flags = [(p, p.requires_grad) for _, h in hosts(model) for n in h.adapters for p in h.trainable(n).values()]
+    enable_adapters(model, False)
+    try:
+        yield
+    finally:
+        enable_adapters(model, True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
+    """Forget an adapter on every layer; wrappers that hold none any more go too. Returns what is active then."""
+    found = list(hosts(model))
+    check_known([adapter_name], adapters_of(model))
+    if any(adapter_name in host.merged_adapters for _, host in found):
+        raise MergeError(f"adapter {adapter_name!r} is merged; unmerge before deleting it.")
+    for _, host in found:
+        host.delete_adapter(adapter_name)
+    return next((host.active_adapters for _, host in found if host.active_adapters), [])
+
+
+def merge(
+    model: nn.Module, safe_merge: bool = True, adapter_names: list[str] | None = None, progress: Any = iter
+) -> None:
+    """Write the active (or named) adapters into the base weights of every layer, or of none where one cannot be.
+
+    Raises `MergeError` where a result is not finite or has no place in a weight, `AdapterNameError` for unknown names.
+    """
+    found = [host for _, host in hosts(model)]
+    if adapter_names is not None:
+        check_known(adapter_names, adapters_of(model))
+    if found and not any(host.to_merge(adapter_names) for host in found):
+        merged = sorted({n for host in found for n in host.merged_adapters})
+        warn(MergeWarning, f"nothing to merge: {listing(merged) or 'no adapter'} is merged already.", stacklevel=4)
+        return
+    before = [(host, list(host.merged_adapters)) for host in found]
+    shared = {id(getattr(m, n)) for group in tied(model) for m, n in group}
+    try:
+        for host in progress(found):
+            if host.to_merge(adapter_names):
+                host.part(shared)
+                host.merge(safe_merge, adapter_names)
+    except BaseException:
+        _take_back(before)
+        raise
+
+
+def _take_back(before: list[tuple[AdapterHost, list[str]]]) -> None:
+    for host, names in reversed(before):
+        if host.merged_adapters != names:
+            host.unmerge()
+            if names:
+                host.merge(False, names)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Bring back every base weight's bits from before the first merge, the last merged first."""
+    found = [host for _, host in hosts(model)]
+    if not any(host.merged for host in found):
+        warn(MergeWarning, "nothing to unmerge: no adapter is merged.", stacklevel=4)
+    for host in reversed(found):
+        if host.merged:
+            host.unmerge()
+
+
+def tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """The groups of places, as (module, attribute), that share one parameter of the base model."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, name))
+    return [group for group in places.values() if len(group) > 1]
+
+
+def retie(groups: list[list[tuple[nn.Module, str]]]) -> bool:
+    """Share again the weights of each group that are still equal; returns whether all of them were."""
+    whole = True
+    for group in groups:
+        first = getattr(*group[0])
+        for module, name in group[1:]:
+            if getattr(module, name).equal(first):
+                setattr(module, name, first)
+            else:
+                whole = False
+    return whole
+
+
+def unload(model: nn.Module) -> None:
+    """Take every wrapper out. What is merged stays in the weights; a merged replacement is the module from now on."""
+    for name, child in list(model.named_children()):
+        setattr(model, name, _bare(child))
+        unload(getattr(model, name))
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    while isinstance(module, (AdapterHost, Shell)):
+        module = module.inner if isinstance(module, Shell) else module.base
+    return module
+
+
+def mark_trainable(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
+    """Freeze the base; the active adapters of `configs` learn, and the biases that they name."""
+    ours = {id(p) for _, host in hosts(model) for n in host.adapters for p in host.trainable(n).values()}
+    for parameter in model.parameters():
+        if id(parameter) not in ours:
+            parameter.requires_grad = False
+    for name, config in configs.items():
+        active = any(name in host.active_adapters for _, host in hosts(model))
+        if active and not config.inference_mode:
+            for bias in biases(model, config, name).values():
+                bias.requires_grad = True
+
+
+def biases(model: nn.Module, config: PeftConfig, adapter: str) -> dict[str, nn.Parameter]:
+    """The base's biases that an adapter trains, by their path: all of them, or the adapted layers' own."""
+    if config.bias == "none":
+        return {}
+    if config.bias == "all":
+        inside = [f"{path}.{box}." for path, h in hosts(model) for box in _boxes(h)]
+        return {
+            n: p
+            for n, p in model.named_parameters()
+            if n.rpartition(".")[2] == "bias" and not any(n.startswith(i) for i in inside)
+        }
+    found: dict[str, nn.Parameter] = {}
+    for path, host in hosts(model):
+        if isinstance(host, AdaptedLayer) and adapter in host.adapters:
+            bias = getattr(host.base_layer, "bias", None)
+            if isinstance(bias, nn.Parameter):
+                found[f"{path}.base_layer.bias"] = bias
+    return found
+
+
+def _boxes(host: AdapterHost) -> list[str]:
+    return [name for name, module in host._modules.items() if module is not host.base]

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a method of adaptation is: a function on a layer's weight, and at most a cheaper equal way to run it.
+
+A subclass says which tensors it has (`params`), how they start (`init`), and what they do to a weight: `delta` for a
+`Delta`, `map` for an `InputMap` or `OutputMap`, `transform` for a `Rewrite`, `update` for a `Routed`. Forward, merging,
+several adapters, mixed batches, disk and the rest follow.
+
+Methods keep no state: everything of one adapter on one layer is in the view `p`, read as `p.lora_A`, `p.scaling`,
+`p.site`; a name that the layer does not hold is read off the adapter's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import MergeError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from ..config import PeftConfig
+    from ..weights.site import Site
+    from .layer import AdaptedLayer
+
+Weights = tuple[Tensor, "Tensor | None"]
+"""A weight `[out, in, *kernel]` and its bias `[out]`, or None."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One tensor of an adapter, before it exists.
+
+    shape: for one matrix; a stack of experts gets a stack of them (see `Method.stacked`).
+    trainable: a parameter that learns; otherwise a buffer.
+    dtype: None follows the layer's.
+    saved: stands in the file. persistent: stands in `state_dict()` too (buffers only).
+    disk: its name in the file where that is not its name in memory.
+    """
+
+    shape: tuple[int, ...]
+    trainable: bool = True
+    dtype: torch.dtype | None = None
+    saved: bool = True
+    persistent: bool = True
+    disk: str | None = None
+
+
+class View:
+    """One adapter's tensors and settings on one layer.
+
+    dtype: what the adapter computes in. key: the layer's path in the model.
+    """
+
+    config: PeftConfig
+    site: Site
+    dtype: torch.dtype
+    key: str
+
+    def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+        self.config = config
+        self.site = site
+        self.dtype = dtype
+
+    def cast(self, x: Tensor) -> Tensor:
+        """`x` in the adapter's dtype; look-up indices, and anything under autocast, as they are."""
+        if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.dtype)
+
+    def over(self, values: Mapping[str, Any]) -> View:
+        """The same view with other tensors."""
+        held = {k: v for k, v in self.__dict__.items() if k not in ("config", "site", "dtype")}
+        return View(self.config, self.site, self.dtype, {**held, **values})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+class Stage(Protocol):
+    """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def weight(self) -> Weights: ...
+    def origin(self) -> Weights: ...
+
+
+class Method:
+    """Base of all methods that act on a layer.
+
+    law: several active adapters add up (`sum`: each delta taken at the original weight), each sees what the one before
+        made (`chain`), or exclude each other (`one`).
+    reads_weight: `transform` depends on the weight it is given, so the storage must be readable.
+    unmergeable: why merging is refused; None where it is not.
+    """
+
+    law: ClassVar[Literal["sum", "chain", "one"]] = "sum"
+    reads_weight: ClassVar[bool] = True
+    unmergeable: ClassVar[str | None] = None
+    exact_start: ClassVar[bool] = True
+    """A new adapter changes nothing until it is trained."""
+
+    # what an adapter has
+
+    def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
+        """The method for this layer: itself, or a variant that the config asks for."""
+        return self
+
+    def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
+        """What is resolved a layer (rank, scaling, dropout): `layer.<name>[adapter]`. Raise where it cannot be."""
+        return {}
+
+    def params(self, site: Site, p: View) -> dict[str, Spec]:
+        """The tensors by name: `hra_u`, or `lora_A.weight` for one that has a module of its own in memory."""
+        raise NotImplementedError
+
+    def init(self, p: View) -> Tensor | None:
+        """Fill the tensors in place. A new base weight `[out, in, *kernel]` may be returned; it is then written."""
+        raise NotImplementedError
+
+    def derived(self, config: PeftConfig) -> bool:
+        """Whether loading must run `init` too, since part of what it makes is not in the file."""
+        return False
+
+    def link(self, layers: Mapping[str, AdaptedLayer], adapter: str) -> None:
+        """Called once all layers of an adapter exist: share tensors between them, deal out what is dealt out in all."""
+
+    def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
+        """The shape of a tensor that serves a stack of experts."""
+        return (experts, *spec.shape)
+
+    def unstacked(self, name: str, tensor: Tensor, experts: int) -> Tensor:
+        """That tensor as `[experts, *shape]`."""
+        return tensor
+
+    # what an adapter does
+
+    def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        """The adapted weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        """The adapted layer's output. The general way: run the operation with the transformed weight."""
+        W, b = self.adapted(p, before)
+        return p.site.op(x.to(W.dtype) if x.is_floating_point() else x, W, b)
+
+    def adapted(self, p: View, before: Stage) -> Weights:
+        """The weight after this adapter, given the stage before it, by the method's law."""
+        W, b = before.weight()
+        if self.law == "chain" or not self.reads_weight:
+            return self.apply(p, W, b)
+        W0, b0 = before.origin()
+        W1, b1 = self.apply(p, W0, b0)
+        if W is W0:
+            return W1, b1
+        return W + (W1 - W0), b if b1 is None or b0 is None or b is None else b + (b1 - b0)
+
+    def apply(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        """`transform`, over each expert of a stack."""
+        if not p.site.stack:
+            return self.transform(p, W, b)
+        names = [n for n, v in p.__dict__.items() if isinstance(v, Tensor)]
+        tensors = [self.unstacked(n, p.__dict__[n], p.site.stack) for n in names]
+
+        def one(W: Tensor, *parts: Tensor) -> Tensor:
+            return self.transform(p.over(dict(zip(names, parts, strict=True))), W, None)[0]
+
+        return torch.vmap(one)(W, *tensors), b
+
+
+class Delta(Method):
+    """W' = W + dW(p), where dW does not depend on W. The least a subclass gives is `delta`."""
+
+    reads_weight = False
+
+    def delta(self, p: View) -> Tensor:
+        """dW, of the weight's shape."""
+        raise NotImplementedError
+
+    def delta_bias(self, p: View) -> Tensor | None:
+        """db `[out]`, or None."""
+        return None
+
+    def drop(self, p: View, x: Tensor) -> Tensor:
+        """Dropout on the adapter's input, where the method has one."""
+        return x
+
+    def update(self, p: View, x: Tensor) -> Tensor:
+        """What the adapter adds to the output, for an input that has been through `drop`."""
+        return p.site.op(x, self.delta(p), self.delta_bias(p))
+
+    def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        dW, db = self.delta(p), self.delta_bias(p)
+        W = p.site.fit(W, dW) + dW
+        return W, b if db is None else (db if b is None else b + db)
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        return before(x) + self.update(p, self.drop(p, p.cast(x)))
+
+
+class InputMap(Method):
+    """W' = W M^T: what goes into the weight is mapped first, so the weight is never read. A subclass gives `map`."""
+
+    law = "chain"
+    reads_weight = False
+
+    def map(self, p: View, v: Tensor, transpose: bool = False) -> Tensor:
+        """v M (or v M^T) for rows `v` of `site.basis` entries."""
+        raise NotImplementedError
+
+    def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        return p.site.on_rows(lambda rows: self.map(p, rows, transpose=not p.site.maps_output), W), b
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        y = p.site.mapped(lambda v: self.map(p, p.cast(v)).to(v.dtype), x, before)
+        return super().forward(p, x, before) if y is None else y
+
+
+class OutputMap(Method):
+    """W' = M W, b' = M b: what comes out of the layer is mapped. A subclass gives `map`."""
+
+    law = "chain"
+    reads_weight = False
+
+    def map(self, p: View, y: Tensor) -> Tensor:
+        """M y for rows `y` of `features_out` entries."""
+        raise NotImplementedError
+
+    def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        site = p.site
+        return site.on_out(lambda v: self.map(p, v), W), None if b is None else self.map(p, b)
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        return p.site.on_channels(lambda y: self.map(p, p.cast(y)), before(x))
+
+
+class Rewrite(Method):
+    """W' = f(p, W): anything that must see the weight. A subclass gives `transform`."""
+
+
+class Routed(Method):
+    """An update that depends on the input, so that no weight W' stands for it. A subclass gives `update`."""
+
+    reads_weight = False
+    unmergeable = "what it adds depends on the input"
+
+    def update(self, p: View, x: Tensor) -> Tensor:
+        """What the adapter adds to the output."""
+        raise NotImplementedError
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        return before(x) + self.update(p, p.cast(x))
+
+    def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        raise MergeError(f"{type(self).__name__} has no merged form: {self.unmergeable}.")
+
+    def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
+        if site.opaque:
+            raise UnsupportedLayerError(
+                f"{type(self).__name__} cannot adapt {key!r}: {self.unmergeable}, and this layer can only be adapted "
+                "through its weight."
+            )
+        return {}
+
+
+class Replace:
+    """A module that is trained whole, as a copy beside the frozen one. A subclass names where the copies stand.
+
+    copies: the attribute that holds them, and what their keys begin with in the file. original: the frozen one's.
+    """
+
+    copies: ClassVar[str]
+    original: ClassVar[str]
+    law: ClassVar[str] = "one"
+    unmergeable: ClassVar[str | None] = None
+    exact_start: ClassVar[bool] = True
+    on_disk: ClassVar[bool] = True
+    """Whether the copies' name stands in the file's keys; the base model's own keys are used otherwise."""
+
+
+Initialiser = Callable[["View"], "Tensor | None"]
+"""A way to start an adapter: fills `p`'s tensors, may return a new base weight."""

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter's tensors out of a model and into one.
+
+Keys are the structure without its adapter level: the path of the wrapper, then the tensor's name in the file. No key is
+made by cutting text out of another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..errors import AdapterFileError, listing
+from .layer import AdapterHost, hosts
+from .lifecycle import biases
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one tensor of an adapter belongs: a host's, or a parameter of the base that the adapter trains."""
+
+    tensor: Tensor
+    host: AdapterHost | None = None
+    key: str = ""
+
+
+@dataclass
+class Fit:
+    """How a file's tensors fit a model's slots."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    mistyped: list[str] = field(default_factory=list)
+
+    def complaints(self) -> list[str]:
+        """A sentence for each kind of misfit."""
+        kinds = {
+            "missing": self.missing,
+            "not part of this adapter": self.unexpected,
+            "of another shape": self.misshaped,
+            "of another kind": self.mistyped,
+        }
+        return [f"{len(keys)} {kind}: {listing(keys, 4)}" for kind, keys in kinds.items() if keys]
+
+
+def slots(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> dict[str, Slot]:
+    """All that an adapter's file holds, by key."""
+    found: dict[str, Slot] = {}
+    for path, host in hosts(model):
+        for key, tensor in host.state(adapter).items():
+            found[f"{path}.{key}"] = Slot(tensor, host, key)
+    if config is not None:
+        found.update({path: Slot(bias) for path, bias in biases(model, config, adapter).items()})
+    return found
+
+
+def collect(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> dict[str, Tensor]:
+    """An adapter's tensors by their key in the file."""
+    return {key: slot.tensor for key, slot in slots(model, adapter, config).items()}
+
+
+def fit(wanted: Mapping[str, Slot], given: Mapping[str, Tensor]) -> Fit:
+    """Compare a file's tensors (real, or on meta from its header) with the slots they should fill."""
+    report = Fit([k for k in wanted if k not in given], [k for k in given if k not in wanted])
+    for key in wanted.keys() & given.keys():
+        theirs, ours = given[key], wanted[key].tensor
+        if theirs.shape != ours.shape:
+            report.misshaped.append(f"{key} {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        elif theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex() != ours.is_complex():
+            report.mistyped.append(f"{key} {theirs.dtype}, not {ours.dtype}")
+    report.misshaped.sort()
+    report.mistyped.sort()
+    return report
+
+
+@torch.no_grad()
+def fill(wanted: Mapping[str, Slot], given: Mapping[str, Tensor], adapter: str) -> None:
+    """Put given tensors into the slots of the same keys, on the slots' devices and in their dtypes."""
+    for key in wanted.keys() & given.keys():
+        slot = wanted[key]
+        if slot.host is None:
+            slot.tensor.copy_(given[key])
+        else:
+            slot.host.assign(adapter, slot.key, given[key])
+
+
+def check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Raise `AdapterFileError` where a tensor holds NaN or Inf."""
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+    if bad:
+        raise AdapterFileError(f"{origin} holds NaN or Inf in {len(bad)} tensors: {listing(bad, 4)}; it is damaged.")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers a config means.
+
+A list or set of names matches a path that is the name or ends in `.name`; a string is a regex over the whole path.
+Paths are the model's own: wrappers that stand in for layers do not show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from ..config import Names, PeftConfig, TaskType
+from ..errors import ConfigError, NoMatchingPeftModuleError, listing, nearest
+from ..registry import Entry
+from ..weights.site import Conv1D, Linear, site_of
+from .layer import AdapterHost
+
+ALL_LINEAR = "all-linear"
+HEADS = ("score", "classifier")
+"""What the head of a classification model is called; `all-linear` leaves it alone, training copies it whole."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module at its path, and where to put what shall stand in for it."""
+
+    path: str
+    module: nn.Module
+    parent: nn.Module
+    child: str
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model's own module here, below any wrapper."""
+        return self.module.get_base_layer() if isinstance(self.module, AdapterHost) else self.module
+
+
+def walk(model: nn.Module, prefix: str = "") -> Iterator[Place]:
+    """All places of a model below its root, each once, by the model's own paths."""
+    for child, module in model.named_children():
+        path = f"{prefix}.{child}" if prefix else child
+        yield Place(path, module, model, child)
+        yield from walk(_through(module), path)
+
+
+def _through(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, AdapterHost) else module
+
+
+def matches(path: str, names: Names | None) -> bool:
+    """Whether a path is meant by `names`."""
+    if names is None:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def layer_index(path: str, patterns: Iterable[str] | None) -> int | None:
+    """The index of the block that a path lies in: the first number after a name (after one of `patterns`, if given)."""
+    parts = path.split(".")
+    for name, part in pairwise(parts):
+        if part.isdigit() and (not patterns or any(re.fullmatch(p, name) for p in patterns)):
+            return int(part)
+    return None
+
+
+def in_layers(path: str, config: PeftConfig) -> bool:
+    """Whether `layers_to_transform` lets a path through."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return True
+    pattern = config.layers_pattern
+    index = layer_index(path, [pattern] if isinstance(pattern, str) else pattern)
+    return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def resolve(config: PeftConfig, entry: Entry, model: nn.Module) -> Names:
+    """`target_modules` as names or a regex: `all-linear` written out, None filled from the method's table."""
+    names = config.target_modules
+    if isinstance(names, str) and names.lower() == ALL_LINEAR:
+        return all_linear(model, config)
+    if names is not None:
+        return names
+    kind = model_type(model)
+    if kind is None or kind not in entry.targets:
+        known = sorted(entry.targets)
+        raise ConfigError(
+            f"{type(config).__name__}.target_modules is not given, and there is no default for "
+            f"model_type={kind!r}{nearest(str(kind), known)} Name the layers to adapt, or give 'all-linear'."
+        )
+    default = entry.targets[kind]
+    return default if isinstance(default, str) else set(default)
+
+
+def model_type(model: nn.Module) -> str | None:
+    """transformers' `model_type` of a model; None where it has no config."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config.get("model_type")
+    return getattr(config, "model_type", None)
+
+
+def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
+    """The paths of all linear layers but the output head."""
+    head: Any = None
+    if callable(getter := getattr(model, "get_output_embeddings", None)):
+        head = getter()
+    names = set()
+    for place in walk(model):
+        is_head = place.bare is head or (
+            config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+            and any(part in HEADS for part in place.path.split("."))
+        )
+        if isinstance(site_of(place.bare), (Linear, Conv1D)) and not is_head:
+            names.add(place.path)
+    if not names:
+        raise NoMatchingPeftModuleError(
+            "target_modules='all-linear', but the model has no linear layer beside its head."
+        )
+    return names
+
+
+def targets(model: nn.Module, config: PeftConfig, names: Names) -> list[Place]:
+    """The places that a config means, in the model's order.
+
+    Raises `NoMatchingPeftModuleError`, with the nearest names there are, where nothing matches.
+    """
+    _check_regexes(config)
+    places = list(walk(model))
+    named = [p for p in places if matches(p.path, names)]
+    layered = [p for p in named if in_layers(p.path, config)]
+    found = [p for p in layered if not matches(p.path, config.exclude_modules)]
+    if found or config.target_parameters or (config.trainable_token_indices and not named and not names):
+        return found
+    raise NoMatchingPeftModuleError(_no_match(config, names, places, named, layered))
+
+
+def _no_match(config: PeftConfig, names: Names, places: list[Place], named: list[Place], layered: list[Place]) -> str:
+    shown = repr(names) if isinstance(names, str) else repr(sorted(names))
+    if layered:
+        return f"exclude_modules={config.exclude_modules!r} leaves out every layer that target_modules={shown} matches."
+    if named:
+        there = sorted({i for p in named if (i := layer_index(p.path, None)) is not None})
+        return (
+            f"target_modules={shown} matches {len(named)} layers, but none of them is in layers_to_transform="
+            f"{config.layers_to_transform!r} (layers_pattern={config.layers_pattern!r}). "
+            f"Blocks there: {listing(there)}."
+        )
+    ends = sorted({p.path.rpartition(".")[2] for p in places if not p.path.rpartition(".")[2].isdigit()})
+    hints = "" if isinstance(names, str) else "".join(nearest(n.rpartition(".")[2], ends) for n in sorted(names)[:1])
+    return f"target_modules={shown} matches no module of {len(places)}{hints or '.'} Names there: {listing(ends, 20)}."
+
+
+def _check_regexes(config: PeftConfig) -> None:
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ConfigError(f"{type(config).__name__}.{name}={value!r} is no valid regex: {error}.") from None
+
+
+def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value for a path in `rank_pattern` and its like: the first key that is its end, as a regex."""
+    for key, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", path):
+            return value
+    return default

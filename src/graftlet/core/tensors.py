@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a layer keeps its adapters' tensors: one box a tensor name, one entry an adapter, any adapter name.
+
+`layer.lora_A["default"].weight` and `layer.hada_w1_a["default"]` give the reference's keys in `state_dict()`:
+`lora_A.default.weight`, `hada_w1_a.default`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .method import Spec
+
+
+class Box(nn.Module):
+    """A mapping from adapter names to tensors or modules.
+
+    torch's own dictionaries refuse names that are also attributes (`keys`, `forward`); an adapter may have any name.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        for held in (self._parameters, self._modules, self._buffers):
+            if name in held:
+                return held[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters or name in self._modules or name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._parameters, *self._modules, *self._buffers])
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._modules) + len(self._buffers)
+
+    def keys(self) -> list[str]:
+        return list(self)
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> list[Any]:
+        return [self[name] for name in self]
+
+    def put(self, name: str, value: Tensor | nn.Module, persistent: bool = True) -> None:
+        """Hold a parameter, a module, or a tensor as a buffer under `name`."""
+        self.drop(name)
+        if isinstance(value, nn.Module):
+            self._modules[name] = value
+        elif isinstance(value, nn.Parameter):
+            self._parameters[name] = value
+        else:
+            self._buffers[name] = value
+            if not persistent:
+                self._non_persistent_buffers_set.add(name)
+
+    def drop(self, name: str) -> None:
+        """Forget `name`, if it is held."""
+        for held in (self._parameters, self._modules, self._buffers):
+            held.pop(name, None)
+        self._non_persistent_buffers_set.discard(name)
+
+
+class Leaf(nn.Module):
+    """A module of its own for one tensor, as `lora_A.default` is: callable as the linear map it would be."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self._parameters.get("bias"))
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """`lora_A.weight` is entry `weight` of a leaf in box `lora_A`; `hra_u` stands in its box itself."""
+    box, _, entry = name.partition(".")
+    return box, entry or None
+
+
+def attribute(name: str) -> str:
+    """How a view calls a tensor: `lora_A.weight` is `p.lora_A`, `lora_B.bias` is `p.lora_B_bias`."""
+    return name.removesuffix(".weight").replace(".", "_")
+
+
+def as_held(tensor: Tensor, spec: Spec) -> Tensor:
+    """The tensor as what its spec says it is: a parameter, or a plain tensor for a buffer."""
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if spec.trainable else tensor

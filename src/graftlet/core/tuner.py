@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with adapters in its layers, by configs and names: what `PeftModel.base_model` is, and usable alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..errors import ConfigError, TieWarning, warn
+from . import lifecycle
+from .inject import Plan, plan
+from .layer import check_name, hosts
+
+
+class BaseTuner(nn.Module):
+    """Wraps `model` (as `self.model`) and keeps the configs of the adapters injected into it.
+
+    Attributes that are not its own are the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.peft_config: dict[str, PeftConfig] = {}
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, config in configs.items():
+            self.inject(config, name, meta=low_cpu_mem_usage)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def inject(self, config: PeftConfig, name: str, meta: bool = False, widen: bool = True, init: bool = True) -> Plan:
+        """Put an adapter into the model; the first one is active from then on. All of it happens, or none.
+
+        meta, widen, init: see `Plan.build`.
+        """
+        check_name(name, list(self.peft_config))
+        if config.bias != "none" and (
+            rival := next((n for n, c in self.peft_config.items() if c.bias != "none"), None)
+        ):
+            raise ConfigError(
+                f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
+            )
+        made = plan(self.model, config, name).build(meta, widen, init).apply()
+        self.peft_config[name] = config
+        active = self.active_adapters or [name]
+        for item in made.items:
+            if item.host is not None:
+                item.host.set_adapter(active, self.peft_config[active[0]].inference_mode)
+        lifecycle.mark_trainable(self.model, self.peft_config)
+        return made
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in order."""
+        return next((h.active_adapters for _, h in hosts(self.model) if h.active_adapters), [])
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these the active adapters."""
+        lifecycle.set_adapter(self.model, adapter_name, inference_mode)
+        lifecycle.mark_trainable(self.model, {} if inference_mode else self.peft_config)
+
+    def enable_adapter_layers(self) -> None:
+        lifecycle.enable_adapters(self.model, True)
+
+    def disable_adapter_layers(self) -> None:
+        lifecycle.enable_adapters(self.model, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter and its config."""
+        lifecycle.delete_adapter(self.model, adapter_name)
+        self.peft_config.pop(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""
+        lifecycle.merge(self.model, safe_merge, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        lifecycle.unmerge(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters in its weights and no wrapper left.
+
+        Raises `MergeError`, the model as it was, where an adapter cannot be merged.
+        """
+        groups = lifecycle.tied(self.model)
+        lifecycle.merge(self.model, safe_merge, adapter_names, _progress if progressbar else iter)
+        model = self.unload()
+        if not lifecycle.retie(groups):
+            _untie(model)
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model without its adapters and wrappers."""
+        lifecycle.unload(self.model)
+        return self.model
+
+
+def _untie(model: nn.Module) -> None:
+    """Tell a model's config that its input and output embeddings differ from now on, so that saving keeps both."""
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        warn(
+            TieWarning,
+            "the adapter changed one of two tied weights; they are separate now (tie_word_embeddings=False).",
+            4,
+        )
+
+
+def _progress(items: list[Any]) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc="merging", unit="layer")

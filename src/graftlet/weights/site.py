@@ -1,0 +1,409 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer does with a weight.
+
+A site shows the layer's weight as `[out, in, *kernel]` whatever its layout, and runs the layer's operation with another
+weight in its place. Transposition, kernels, groups and look-ups live here and nowhere else: a method sees matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import MergeError, UnsupportedLayerError
+from .storage import storage_of
+
+Map = Callable[[Tensor], Tensor]
+"""A linear map on the last dimension."""
+
+
+class Weighted(nn.Module):
+    """A module that stands in for a layer and can tell the weight it works with."""
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias as adapted, in the layer's own layout."""
+        raise NotImplementedError
+
+
+class Site:
+    """One weight of one module.
+
+    Attributes:
+        module: the layer. name, bias: the attribute names of its weight and bias.
+        opaque: the module's output is no linear function of the weight alone (attention, expert stacks), so an adapter
+            must act on the weight and cannot add to the output.
+        stack: how many matrices the weight holds, one an expert; 0 for an ordinary weight.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    opaque: ClassVar[bool] = False
+    stack: int = 0
+    groups: int = 1
+    maps_output: ClassVar[bool] = False
+    """An input map turns what is looked up, not what looks it up."""
+    masks: ClassVar[dict[str, Any]] = {}
+    """Attributes that the wrapped module answers differently, so that nothing goes round the adapter."""
+
+    def __init__(self, module: nn.Module, name: str = "weight", bias: str | None = "bias") -> None:
+        self.module, self.name, self.bias = module, name, bias
+        self.storage = storage_of(module, name)
+
+    # the weight
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(out, in, *kernel)`, or `(experts, out, in)` for a stack."""
+        return self.canonical(torch.empty(getattr(self.module, self.name).shape, device="meta")).shape
+
+    @property
+    def features_out(self) -> int:
+        return self.shape[1 if self.stack else 0]
+
+    @property
+    def features_in(self) -> int:
+        return self.shape[2 if self.stack else 1] * self.groups
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel's sizes; empty for what is no convolution."""
+        return ()
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None and getattr(self.module, self.bias, None) is not None
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor as kept; its device and dtype place the adapter."""
+        return getattr(self.module, self.name)
+
+    def canonical(self, kept: Tensor) -> Tensor:
+        """The kept layout as `[out, in, *kernel]`."""
+        return kept
+
+    def kept(self, canonical: Tensor) -> Tensor:
+        """`[out, in, *kernel]` in the kept layout."""
+        return canonical
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """Weight `[out, in, *kernel]` and bias `[out]` or None, in floating point."""
+        bias = getattr(self.module, cast(str, self.bias)) if self.has_bias else None
+        return self.canonical(self.storage.read(self.module, self.name)), bias
+
+    def write(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Keep another weight and bias. Raises `MergeError` where the layer has no room for them."""
+        if bias is not None and not self.has_bias:
+            raise MergeError(
+                f"the adapter changes the bias of a {type(self.module).__name__} that has none; "
+                "use the adapter unmerged, or give the base layer a bias of zeros."
+            )
+        self.storage.write(self.module, self.name, self.kept(weight))
+        if bias is not None:
+            with torch.no_grad():
+                getattr(self.module, cast(str, self.bias)).copy_(bias)
+
+    def save(self) -> tuple[Any, Any]:
+        """What `restore` needs to bring the weight's and bias's very bits back."""
+        bias = getattr(self.module, cast(str, self.bias)).detach().clone() if self.has_bias else None
+        return self.storage.save(self.module, self.name), bias
+
+    def restore(self, saved: tuple[Any, Any]) -> None:
+        self.storage.restore(self.module, self.name, saved[0])
+        if saved[1] is not None:
+            with torch.no_grad():
+                getattr(self.module, cast(str, self.bias)).copy_(saved[1])
+
+    def original(self, saved: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they were when `saved` was made."""
+        return self.canonical(saved[0]), saved[1]
+
+    # the operation
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """The layer's operation on `x` with another weight (any number of outputs)."""
+        raise NotImplementedError
+
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """A matrix `[out, r]` on the channels of what `op` gave."""
+        return F.linear(h, matrix)
+
+    def compose(self, left: Tensor, right: Tensor) -> Tensor:
+        """The weight of `mix(op(x, right), left)`."""
+        return left @ right
+
+    def on_channels(self, function: Map, y: Tensor) -> Tensor:
+        """A map of the last dimension, applied on the channels of the layer's output."""
+        return function(y)
+
+    def on_bias(self, function: Map, bias: Tensor | None) -> Tensor | None:
+        """A map of the last dimension, applied on the bias."""
+        return None if bias is None else function(bias)
+
+    def on_out(self, function: Map, weight: Tensor) -> Tensor:
+        """A map of the last dimension, applied on the output side of a weight: `M W`."""
+        return function(weight.transpose(0, -1)).transpose(0, -1)
+
+    # the input side, for methods that map what goes into the weight
+
+    @property
+    def basis(self) -> int:
+        """The size of the space that an input map acts on."""
+        return self.features_in
+
+    def on_rows(self, function: Map, weight: Tensor) -> Tensor:
+        """A map of the last dimension, applied on the input side of a weight: `W M`."""
+        return function(weight)
+
+    def mapped(self, function: Map, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The layer's output with its input mapped, or None where only the weight can be mapped."""
+        return before(function(x))
+
+    def fit(self, weight: Tensor, like: Tensor) -> Tensor:
+        """A weight in the form that a delta of the shape of `like` can be added to."""
+        return weight
+
+    def rows(self, x: Any) -> int | None:
+        """How many batch rows an input has; None where rows cannot be told apart."""
+        return x.shape[0] if isinstance(x, Tensor) and x.dim() > 1 else None
+
+    def select(self, x: Tensor, index: Tensor) -> Tensor:
+        """These batch rows of an input."""
+        return x.index_select(0, index)
+
+    def gather(self, parts: list[tuple[Tensor, Any]]) -> Any:
+        """One output from `(row indices, output)` of groups of rows."""
+        order = torch.cat([index for index, _ in parts]).argsort()
+        return torch.cat([y for _, y in parts]).index_select(0, order)
+
+    def accepts(self, weight: Tensor) -> None:
+        """Raise `MergeError` unless the layer can keep this weight."""
+
+
+class Linear(Site):
+    """`nn.Linear` and its kin: y = x W^T + b."""
+
+    kinds = ("torch.nn.modules.linear.Linear",)
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+class Conv1D(Linear):
+    """transformers' `Conv1D`: a Linear that keeps its weight as `[in, out]`."""
+
+    kinds = ("transformers.pytorch_utils.Conv1D",)
+
+    def canonical(self, kept: Tensor) -> Tensor:
+        return kept.T
+
+    def kept(self, canonical: Tensor) -> Tensor:
+        return canonical.T
+
+
+class Conv(Site):
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: weight `[out, in / groups, *kernel]`, channels in dimension 1."""
+
+    kinds = tuple(f"torch.nn.modules.conv.Conv{n}d" for n in (1, 2, 3))
+
+    def __init__(self, module: nn.Module, name: str = "weight", bias: str | None = "bias") -> None:
+        super().__init__(module, name, bias)
+        self.groups = cast(int, module.groups)
+        self.dims = len(self.kernel)
+        self.function = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(getattr(self.module, self.name).shape[2:])
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        module = cast(nn.Conv2d, self.module)
+        padding: Any = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
+        groups = self.groups if weight.shape[1] * self.groups == self.features_in else 1
+        return self.function(x, weight, bias, module.stride, padding, module.dilation, groups)
+
+    def mix(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return self.function(h, matrix.reshape(*matrix.shape[:2], *[1] * self.dims), groups=self.groups)
+
+    def compose(self, left: Tensor, right: Tensor) -> Tensor:
+        """With groups, each group's outputs read its own share of `right`'s: the result is dense over the inputs."""
+        left = left.reshape(self.groups, -1, left.shape[1])
+        right_rows = right.reshape(self.groups, -1, right[0].numel())
+        return (left @ right_rows).reshape(-1, *right.shape[1:])
+
+    def on_channels(self, function: Map, y: Tensor) -> Tensor:
+        return function(y.movedim(1, -1)).movedim(-1, 1)
+
+    @property
+    def basis(self) -> int:
+        return self.features_in // self.groups * torch.Size(self.kernel).numel()
+
+    def on_rows(self, function: Map, weight: Tensor) -> Tensor:
+        return function(weight.flatten(1)).reshape(weight.shape)
+
+    def mapped(self, function: Map, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return None
+
+    def fit(self, weight: Tensor, like: Tensor) -> Tensor:
+        """The block-diagonal weight of a grouped convolution, written out where the delta is dense."""
+        if weight.shape == like.shape:
+            return weight
+        dense = weight.new_zeros(like.shape)
+        for g, (rows, columns) in enumerate(self._blocks(like)):
+            dense[rows, columns] = weight.chunk(self.groups)[g]
+        return dense
+
+    def kept(self, canonical: Tensor) -> Tensor:
+        if canonical.shape == self.weight.shape:
+            return canonical
+        return torch.cat([canonical[rows, columns] for rows, columns in self._blocks(canonical)])
+
+    def accepts(self, weight: Tensor) -> None:
+        if weight.shape == self.weight.shape:
+            return
+        rest = weight.clone()
+        for rows, columns in self._blocks(weight):
+            rest[rows, columns] = 0
+        if rest.any():
+            raise MergeError(
+                f"the adapter mixes channels across the {self.groups} groups of a {type(self.module).__name__}, which "
+                "the layer's weight cannot hold; use the adapter unmerged."
+            )
+
+    def _blocks(self, dense: Tensor) -> list[tuple[slice, slice]]:
+        out, inner = dense.shape[0] // self.groups, dense.shape[1] // self.groups
+        return [(slice(g * out, (g + 1) * out), slice(g * inner, (g + 1) * inner)) for g in range(self.groups)]
+
+
+class Embedding(Site):
+    """`nn.Embedding` as a map of one-hot rows: in: vocabulary, out: dimension. An input map turns what is looked up."""
+
+    kinds = ("torch.nn.modules.sparse.Embedding",)
+    maps_output = True
+
+    def canonical(self, kept: Tensor) -> Tensor:
+        return kept.T
+
+    def kept(self, canonical: Tensor) -> Tensor:
+        return canonical.T
+
+    @property
+    def scale(self) -> Any:
+        """What some models multiply a looked-up row by."""
+        return getattr(self.module, "embed_scale", None)
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        module = cast(nn.Embedding, self.module)
+        y = F.embedding(x, weight.T, module.padding_idx, None, 2.0, module.scale_grad_by_freq, False)
+        return y if self.scale is None else y * self.scale
+
+    @property
+    def basis(self) -> int:
+        return self.features_out
+
+    def on_rows(self, function: Map, weight: Tensor) -> Tensor:
+        return function(weight.T).T
+
+    def mapped(self, function: Map, x: Tensor, before: Callable[[Tensor], Tensor]) -> Tensor | None:
+        return function(before(x))
+
+    def rows(self, x: Any) -> int | None:
+        return x.shape[0] if isinstance(x, Tensor) and x.dim() > 0 else None
+
+
+class Attention(Site):
+    """The packed input projection of `nn.MultiheadAttention`: `[3 E, E]`."""
+
+    kinds = ("torch.nn.modules.activation.MultiheadAttention",)
+    opaque = True
+    # encoder layers would otherwise read the bare weights on their fast path
+    masks: ClassVar[dict[str, Any]] = {"_qkv_same_embed_dim": False}
+
+    def __init__(self, module: nn.Module, name: str = "in_proj_weight", bias: str | None = "in_proj_bias") -> None:
+        if getattr(module, name) is None:
+            raise UnsupportedLayerError(
+                "a MultiheadAttention with its own key or value size keeps three separate projections and cannot be "
+                "adapted as one; target its out_proj alone."
+            )
+        super().__init__(module, name, bias)
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        swapped: dict[str, Tensor] = {self.name: weight}
+        if bias is not None:
+            swapped[cast(str, self.bias)] = bias
+        out = self.module.out_proj
+        if isinstance(out, Weighted):
+            swapped["out_proj.base_layer.weight"], out_bias = out.effective()
+            if out_bias is not None:
+                swapped["out_proj.base_layer.bias"] = out_bias
+        return functional_call(self.module, swapped, (x, *args), kwargs)
+
+    @property
+    def batch(self) -> int:
+        return 0 if cast(nn.MultiheadAttention, self.module).batch_first else 1
+
+    def rows(self, x: Any) -> int | None:
+        return x.shape[self.batch] if x.dim() == 3 else None
+
+    def select(self, x: Tensor, index: Tensor) -> Tensor:
+        return x  # keys, values and masks come along in many shapes: each group sees the whole batch
+
+    def gather(self, parts: list[tuple[Tensor, Any]]) -> Any:
+        order = torch.cat([index for index, _ in parts]).argsort()
+        outputs = torch.cat([y[0].index_select(self.batch, i) for i, y in parts], self.batch)
+        maps = None if parts[0][1][1] is None else torch.cat([y[1].index_select(0, i) for i, y in parts])
+        return outputs.index_select(self.batch, order), maps if maps is None else maps.index_select(0, order)
+
+
+class Parameter(Site):
+    """A bare `nn.Parameter` of any module: `[out, in]`, or a stack of experts `[experts, out, in]`.
+
+    A module that says `is_transposed = True` keeps its stack as `[experts, in, out]`. Several parameters of one module
+    are adapted by wrappers inside each other; `module` owns the parameter, `entry` is what the outermost wrapper calls.
+    """
+
+    opaque = True
+
+    def __init__(self, entry: nn.Module, name: str) -> None:
+        owner, path = entry, name
+        while isinstance(owner, Weighted):
+            owner, path = cast(nn.Module, owner.base_layer), f"base_layer.{path}"
+        super().__init__(owner, name, None)
+        self.entry, self.path = entry, path
+        if self.weight.dim() not in (2, 3):
+            raise UnsupportedLayerError(
+                f"parameter {name!r} has {self.weight.dim()} dimensions; a matrix or a stack of them can be adapted."
+            )
+        self.stack = self.weight.shape[0] if self.weight.dim() == 3 else 0
+        self.transposed = bool(self.stack) and getattr(owner, "is_transposed", False) is True
+
+    def canonical(self, kept: Tensor) -> Tensor:
+        return kept.transpose(-1, -2) if self.transposed else kept
+
+    def kept(self, canonical: Tensor) -> Tensor:
+        return canonical.transpose(-1, -2) if self.transposed else canonical
+
+    def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.entry, {self.path: self.kept(weight)}, (x, *args), kwargs)
+
+    def rows(self, x: Any) -> int | None:
+        return None
+
+
+KINDS: tuple[type[Site], ...] = (Linear, Conv1D, Conv, Embedding, Attention)
+
+
+def site_of(module: nn.Module) -> Site | None:
+    """The site of a module, found by the names of its class and bases, most special first; None where there is none."""
+    for base in type(module).__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        for kind in KINDS:
+            if name in kind.kinds:
+                return kind(module)
+    return None
