@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrappers that turn a method into another."""
