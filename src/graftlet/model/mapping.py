@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two ways in: `get_peft_model` wraps a model, `inject_adapter_in_model` changes it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..core import lifecycle
+from ..core.tuner import BaseTuner
+from ..errors import ConfigError, HeadWarning, warn
+from .peft_model import PeftModel, base_name
+from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """A `PeftModel` (of the class that `task_type` asks for) around `model`, with a new adapter ready to train.
+
+    Args:
+        mixed: kept for callers of the reference; methods stand side by side in any model.
+        autocast_adapter_dtype: keep adapters of half-precision layers in float32.
+        revision: the base's revision, for the record. low_cpu_mem_usage: make the tensors on the meta device.
+
+    Raises:
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError, AdapterNameError: the model is as it was.
+    """
+    peft_config.base_model_name_or_path = base_name(model)
+    if revision is not None:
+        peft_config.revision = revision
+    _warn_of_head(model, peft_config)
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(peft_config.task_type), PeftModel)
+    return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def _warn_of_head(model: nn.Module, config: PeftConfig) -> None:
+    name = type(model).__name__
+    if (
+        config.task_type is None
+        and not config.modules_to_save
+        and name.endswith(("Classification", "QuestionAnswering"))
+    ):
+        warn(
+            HeadWarning,
+            f"{name} has a head of its own, which stays frozen and unsaved without task_type: "
+            "give task_type='SEQ_CLS' (or TOKEN_CLS, QUESTION_ANS), or name the head in modules_to_save.",
+            stacklevel=4,
+        )
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model in place and return it: no wrapper around the model, adapters in its layers' dtypes.
+
+    state_dict: adapt just the layers that have tensors here, whatever `target_modules` says.
+    """
+    if peft_config.is_prompt_learning:
+        raise ConfigError(f"{peft_config.peft_type} acts on a model's inputs, not in its layers; use get_peft_model.")
+    if state_dict is not None:
+        peft_config.target_modules = sorted({k.rpartition(".lora_")[0] or k.rpartition(".")[0] for k in state_dict})
+    tuner = BaseTuner(model, {})
+    held = lifecycle.adapters_of(model)
+    known = getattr(model, "peft_config", None)
+    tuner.peft_config = dict(known) if isinstance(known, dict) else dict.fromkeys(held, peft_config)
+    tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False)
+    return model

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the modules of `model/` ask of a model, whichever way its adapters were put into it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..core.layer import AdaptedLayer, hosts
+from ..core.tuner import BaseTuner
+
+COMPILED = "_orig_mod"
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model below the wrapper that `torch.compile` or a data-parallel engine puts around it."""
+    while COMPILED in model._modules:
+        model = cast(nn.Module, model._modules[COMPILED])
+    return model
+
+
+def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
+    """The adapters' configs by name: the model's own record, or what its layers hold."""
+    if isinstance(model, BaseTuner):
+        return model.peft_config
+    record = model.__dict__.get("peft_config") or getattr(model, "peft_config", None)
+    if isinstance(record, dict):
+        return record
+    found: dict[str, PeftConfig] = {}
+    for _, host in hosts(model):
+        if isinstance(host, AdaptedLayer):
+            found.update(host.configs)
+    return found
+
+
+def transformers_config(model: nn.Module) -> dict[str, object]:
+    """A transformers model's config as a dictionary; empty where there is none."""
+    config = getattr(model, "config", None)
+    if isinstance(config, dict):
+        return config
+    return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`PeftModel`: a model with adapters, from first injection to hub.
+
+Methods on layers live in `base_model`, a `BaseTuner` around the model. Prompt methods leave the model as it is; their
+encoders stand beside it in `prompt_encoder`, and `prompting` puts what they make into each call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig
+from ..core import lifecycle
+from ..core.context import BASE, Call, using
+from ..core.layer import check_known, check_name, relink
+from ..core.tuner import BaseTuner
+from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
+from . import card, prompting, save, status
+from .parts import transformers_config
+
+
+class PeftModel(nn.Module):
+    """A base model with one adapter or several.
+
+    Args:
+        model: any `nn.Module`. It is adapted in place and reachable through `get_base_model()`.
+        peft_config: the first adapter's config. adapter_name: its name.
+        autocast_adapter_dtype: keep adapters of half-precision layers in float32.
+        low_cpu_mem_usage: make the adapter's tensors on the meta device, to be loaded.
+
+    Raises:
+        NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError, AdapterNameError: the model is as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        _init: bool = True,
+    ) -> None:
+        super().__init__()
+        check_name(adapter_name, [])
+        self.peft_type = peft_config.peft_type
+        self._prompt_configs: dict[str, PeftConfig] = {}
+        self._active: list[str] = [adapter_name]
+        if peft_config.is_prompt_learning:
+            self.base_model = model
+            prompting.attach(self, adapter_name, peft_config)
+        else:
+            tuner = BaseTuner(model, {})
+            tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
+            self.base_model = tuner
+        checkpointing = getattr(model, "is_gradient_checkpointing", False)
+        if checkpointing:
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    # what is there
+
+    @property
+    def tuner(self) -> BaseTuner | None:
+        """The wrapper around the model that holds adapters on layers; None for prompt methods."""
+        base = self.base_model
+        return base if isinstance(base, BaseTuner) else None
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs of all adapters, by name."""
+        return self._prompt_configs if self.tuner is None else self.tuner.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters' names, in order."""
+        tuner = self.tuner
+        return list(self._active) if tuner is None else tuner.active_adapters or list(self._active)
+
+    @property
+    def active_adapter(self) -> str:
+        """The active adapter's name; the first where there are several."""
+        return self.active_adapters[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself, with whatever wrappers its layers have."""
+        return self.base_model if self.tuner is None else self.tuner.model
+
+    # adapters come and go
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        _init: bool = True,
+    ) -> None:
+        """Put another adapter beside those there are. The active one stays active.
+
+        Raises:
+            AdapterNameError: the name is taken or cannot be one. ConfigError: prompt and layer methods are mixed.
+        """
+        check_name(adapter_name, list(self.peft_config))
+        if peft_config.is_prompt_learning != (self.tuner is None):
+            raise ConfigError(
+                f"{peft_config.peft_type} cannot stand beside {self.active_peft_config.peft_type}: one acts on the "
+                "model's inputs, the other on its layers. Use a PeftModel for each."
+            )
+        self._prepare(peft_config)
+        if self.tuner is None:
+            prompting.attach(self, adapter_name, peft_config)
+        else:
+            self.tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make an adapter (or several together, for methods on layers) the active one, and the one that learns.
+
+        Raises `AdapterNameError` for unknown names; nothing is changed then.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        check_known(names, list(self.peft_config))
+        if self.tuner is None:
+            prompting.activate(self, names[0], inference_mode)
+        else:
+            self.tuner.set_adapter(names, inference_mode)
+        self._active = names
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters learn, or freeze them, whether they are active or not."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_known(names, list(self.peft_config))
+        if self.tuner is None:
+            prompting.set_requires_grad(self, names, requires_grad)
+        else:
+            lifecycle.set_requires_grad(self.tuner.model, names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Where it was active, another one is from then on."""
+        check_known([adapter_name], list(self.peft_config))
+        if self.tuner is None:
+            prompting.detach(self, adapter_name)
+        else:
+            self.tuner.delete_adapter(adapter_name)
+        left = [n for n in self._active if n != adapter_name] or list(self.peft_config)[:1]
+        if left and left != self._active:
+            self.set_adapter(left, self.peft_config[left[0]].inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, until the block ends."""
+        if self.tuner is None:
+            with prompting.disabled(self):
+                yield
+        else:
+            with lifecycle.disabled(self.tuner.model):
+                yield
+
+    # call
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The adapted model's output.
+
+        adapter_names: an adapter for each row of the batch (`"__base__"` for none), whatever is active.
+        """
+        with self._call(adapter_names, args, kwargs):
+            if self.tuner is None:
+                return prompting.call(self, args, kwargs)
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's `generate`, adapted. adapter_names: as in a call, one for each prompt."""
+        with self._call(adapter_names, args, kwargs):
+            if self.tuner is None:
+                return prompting.generate(self, args, kwargs)
+            return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    @contextmanager
+    def _call(self, rows: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        if rows is None:
+            yield
+            return
+        self._check_rows(rows, args, kwargs)
+        with using(Call(tuple(rows))):
+            yield
+
+    def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
+        if self.tuner is None:
+            raise CallError(f"adapter_names cannot be mixed for {self.peft_type}, which acts on the whole batch.")
+        check_known([r for r in rows if r != BASE], list(self.peft_config))
+        first = next((a for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor) and a.dim() > 1), None)
+        if first is not None and first.shape[0] != len(rows):
+            raise CallError(
+                f"adapter_names has {len(rows)} entries for a batch of {first.shape[0]} rows; give one a row."
+            )
+
+    def get_prompt(
+        self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """What the active prompt method puts before each row: embeddings `[batch, n, dim]`, or a key-value cache."""
+        return prompting.prompt(self, batch_size, task_ids, max_cache_len)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The prompt as it goes to the file: `[n, dim]`."""
+        return prompting.state(self, adapter_name)["prompt_embeddings"]
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let gradients reach the adapters through checkpointed blocks, whose input would otherwise need none."""
+        if callable(enable := getattr(model, "enable_input_require_grads", None)):
+            enable()
+        else:
+            model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))  # type: ignore[operator]
+        return model
+
+    # merge
+
+    def _layers(self, what: str) -> BaseTuner:
+        if self.tuner is None:
+            raise ConfigError(
+                f"{what} is for methods on layers; {self.peft_type} changes no weight that it could go into."
+            )
+        return self.tuner
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+        """Write the active (or named) adapters into the base weights. `unmerge_adapter` restores the weights' bits.
+
+        Raises `MergeError`, every weight as it was, where a result is not finite or has no place.
+        """
+        self._layers("merge_adapter").merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Bring the base weights' very bits back."""
+        self._layers("unmerge_adapter").unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The base model with adapters merged in and no wrapper left."""
+        return self._layers("merge_and_unload").merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters and wrappers."""
+        return self._layers("unload").unload()
+
+    # disk
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write each adapter's weights and config: `default` into the folder itself, others into one of their name.
+
+        Args:
+            safe_serialization: False writes `adapter_model.bin` (and removes a safetensors file it would hide behind).
+            selected_adapters: these only. is_main_process: False writes nothing.
+            push_to_hub: upload the folder; `repo_id`, `token`, `private`, `commit_message`, `revision` go along.
+
+        Raises:
+            AdapterFileError: the directory is a file, or cannot be written.
+            AdapterNameError: a selected adapter is not there.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            raise ConfigError("path_initial_model_for_weight_conversion is not available yet; leave it out.")
+        names = list(self.peft_config) if selected_adapters is None else selected_adapters
+        check_known(names, list(self.peft_config))
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise AdapterFileError(f"{folder} is a file; a directory is needed to save adapters into.")
+        for name in names:
+            self._save(
+                name, folder if name == "default" else folder / name, safe_serialization, save_embedding_layers, kwargs
+            )
+        card.write(self, folder)
+        if push_to_hub:
+            upload(folder, **kwargs)
+
+    def _save(
+        self, name: str, folder: Path, safe: bool, embeddings: bool | Literal["auto"], kwargs: dict[str, Any]
+    ) -> None:
+        given = kwargs.get("state_dict")
+        tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=embeddings)
+        config = save.saved_config(self.peft_config[name])
+        model = self.get_base_model()
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = base_name(model)
+        if config.task_type is None:
+            config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        folder.mkdir(parents=True, exist_ok=True)
+        if safe:
+            save.save_tensors(tensors, folder / save.SAFETENSORS_WEIGHTS_NAME)
+        else:
+            torch.save({k: t.cpu().clone() for k, t in tensors.items()}, folder / save.WEIGHTS_NAME)
+            (folder / save.SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
+        config.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = True,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Put a saved adapter (a directory, or a repository on the hub) onto a model.
+
+        Args:
+            is_trainable: let it learn on; frozen otherwise. config: use this in place of the saved one.
+            low_cpu_mem_usage: kept for callers of the reference; tensors are always made once, from the file.
+            key_mapping: regexes and replacements for keys that were saved under other names.
+            strict: refuse files that do not fit whole; otherwise warn and load what fits.
+
+        Raises:
+            AdapterFileError: a file is missing, damaged, or does not fit; the model is as it was.
+        """
+        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        hub = {k: v for k, v in kwargs.items() if k not in ("torch_device", "allow_pickle")}
+        chosen = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
+        chosen.inference_mode = not is_trainable
+        _check_base(model, chosen, str(model_id))
+        kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
+        tensors = save.load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
+        with _undone_on_error(model):
+            made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
+            save.load_verified(made, tensors, adapter_name, strict, str(model_id))
+            made._loaded([adapter_name], chosen)
+        return made
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = True,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Put another saved adapter beside those there are. Arguments and errors are those of `from_pretrained`.
+
+        Returns `(missing_keys, unexpected_keys)`; both empty unless `strict=False`.
+        """
+        check_name(adapter_name, list(self.peft_config))
+        hub = {k: v for k, v in kwargs.items() if k not in ("allow_pickle",)}
+        config = PeftConfig.from_pretrained(model_id, **hub)
+        config.inference_mode = not is_trainable
+        _check_base(self.get_base_model(), config, str(model_id))
+        tensors = save.load_peft_weights(model_id, torch_device, key_mapping, **kwargs)
+        self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, _init=False)
+        try:
+            result = save.load_verified(self, tensors, adapter_name, strict, str(model_id))
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+        self._loaded(self.active_adapters, self.peft_config[self.active_adapter])
+        return result
+
+    def _loaded(self, active: list[str], config: PeftConfig) -> None:
+        """Tie again what the loaded tensors were tied to, and set what learns."""
+        if self.tuner is not None:
+            for name in self.tuner.peft_config:
+                relink(self.tuner.model, name)
+        self.set_adapter(active, config.inference_mode)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save into a temporary folder and upload it."""
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id=repo_id, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write `README.md`: what the adapter is, its base, and how to load it; what a person wrote there stays."""
+        card.write(self, Path(output_dir))
+
+    # status
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """`(trainable, all)` parameters."""
+        return status.count(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters learn, of how many."""
+        learn, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {learn:,d} || all params: {total:,d} || trainable%: {100 * learn / max(total, 1):.4f}"
+        )
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """What each adapted layer holds and does."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The layers' states in one; `"irregular"` where they differ."""
+        return status.get_model_status(self)
+
+    def _prepare(self, config: PeftConfig) -> None:
+        """What a task adds to an adapter's config; the task classes override it."""
+
+
+@contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Take all wrappers out again where making or filling a `PeftModel` fails."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    had_adapters = bool(lifecycle.adapters_of(model))
+    try:
+        yield
+    except BaseException:
+        if not had_adapters:
+            lifecycle.unload(model)
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+        raise
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where a transformers model came from."""
+    name = getattr(model, "name_or_path", None) or transformers_config(model).get("_name_or_path")
+    return str(name) if name else None
+
+
+def _check_base(model: nn.Module, config: PeftConfig, origin: str) -> None:
+    theirs, ours = config.base_model_name_or_path, base_name(model)
+    if theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
+        warn(
+            BaseMismatchWarning,
+            f"{origin} was trained on {theirs!r} and is put on {ours!r}; where they differ, its effect does too.",
+            stacklevel=4,
+        )
+
+
+def upload(folder: Path, repo_id: str | None = None, **kwargs: Any) -> Any:
+    """Upload a saved adapter to the hub, making the repository where there is none."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=kwargs.get("token"))
+    name = api.create_repo(repo_id or folder.name, private=kwargs.get("private"), exist_ok=True).repo_id
+    message = kwargs.get("commit_message") or "Upload adapter"
+    return api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=kwargs.get("revision"))
