@@ -26,6 +26,7 @@ _HOMES = {
     "methods.lily": "LilyConfig",
     "methods.ln_tuning": "LNTuningConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
+    "methods.vera": "VeraConfig",
     "methods.prompts.prompt_tuning": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "methods.prompts.prefix_tuning": "PrefixTuningConfig PrefixEncoder",
     "methods.adaption_prompt": "AdaptionPromptConfig",

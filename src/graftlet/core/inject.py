@@ -17,11 +17,11 @@ from ..config import PeftConfig
 from ..errors import NoMatchingPeftModuleError, PatternWarning, UnsupportedLayerError, listing, nearest, warn
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Parameter, Site, site_of
-from .layer import AdaptedLayer, AdapterHost, Branch, relink
-from .method import Method, Replace, View
+from .layer import AdaptedLayer, AdapterHost, Branch, commons, relink
+from .method import Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place, by_pattern, matches, resolve, targets, walk
-from .tensors import as_held, attribute
+from .tensors import Common, as_held, attribute
 
 
 @dataclass
@@ -46,7 +46,9 @@ class Plan:
     config: PeftConfig
     entry: Entry
     name: str
+    root: nn.Module
     items: list[Item] = field(default_factory=list)
+    commons: dict[str, tuple[Spec, Tensor]] = field(default_factory=dict)
 
     def build(self, meta: bool = False, widen: bool = True, init: bool = True) -> Plan:
         """Make the tensors, on the layers' devices or on meta, and start them.
@@ -54,6 +56,7 @@ class Plan:
         widen: adapters of half-precision layers are kept in single precision. init: run the method's initialisation;
         without it only methods that derive something at load run theirs.
         """
+        self._build_commons(meta and not init, widen)
         for item in self.items:
             if item.branch is not None and item.site is not None:
                 build(item.branch, item.site, meta, widen, init)
@@ -61,16 +64,52 @@ class Plan:
                 item.copy = _copied(item.place.bare, meta)
         return self
 
+    def _build_commons(self, meta: bool, widen: bool) -> None:
+        branches = {i.branch.key: i for i in self.items if i.branch is not None and i.site is not None}
+        sites = {key: item.site for key, item in branches.items() if item.site is not None}
+        for method in _methods([i.branch for i in branches.values() if i.branch is not None]):
+            specs = method.commons(self.config, sites)
+            kept = next(iter(sites.values())).weight if specs else None
+            if kept is None:
+                continue
+            made = {n: as_held(_empty(s.shape, s, kept, meta, widen), s) for n, s in specs.items()}
+            if not meta or any(not s.saved for s in specs.values()):
+                made = {n: as_held(_empty(s.shape, s, kept, False, widen), s) for n, s in specs.items()}
+                with torch.no_grad():
+                    method.init_commons(self.config, made)
+            self.commons.update({n: (specs[n], made[n]) for n in specs})
+
     def apply(self) -> Plan:
         """Put the built tensors into the model, making wrappers where there are none."""
         try:
             for item in self.items:
                 self._apply(item)
+            self._apply_commons()
             relink(self.model, self.name)
         except BaseException:
             self.undo()
             raise
         return self
+
+    def _apply_commons(self) -> None:
+        boxes: dict[str, Common] = {}
+        for box_name, (spec, tensor) in self.commons.items():
+            box = self.root._modules.get(box_name)
+            if not isinstance(box, Common):
+                box = Common()
+                self.root.add_module(box_name, box)
+            box.attach(self.name, tensor, spec)
+            boxes[box_name] = box
+        for item in self.items:
+            if boxes and isinstance(item.host, AdaptedLayer):
+                item.host.commons[self.name] = boxes
+
+    def settle(self) -> None:
+        """Write the base weights that initialisations asked for: the last step, once nothing else can fail."""
+        for item in self.items:
+            if item.branch is not None and item.branch.rebased is not None and isinstance(item.host, AdaptedLayer):
+                item.host.site.write(item.branch.rebased, None)
+                item.branch.rebased = None
 
     def _apply(self, item: Item) -> None:
         standing = getattr(item.place.parent, item.place.child)
@@ -88,6 +127,8 @@ class Plan:
 
     def undo(self) -> None:
         """Take out what `apply` put in."""
+        for _, box in commons(self.root):
+            box.forget(self.name)
         for item in reversed(self.items):
             if item.host is None:
                 continue
@@ -98,8 +139,10 @@ class Plan:
             item.host, item.made = None, False
 
 
-def plan(model: nn.Module, config: PeftConfig, name: str) -> Plan:
+def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None = None) -> Plan:
     """Work out what an adapter does to a model. Raises where it cannot be done; the model is not touched.
+
+    root: the module that holds what the adapter's layers share; the model itself unless given.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
@@ -107,7 +150,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str) -> Plan:
         ConfigError: a value does not fit a layer.
     """
     entry = lookup(config.peft_type)
-    made = Plan(model, config, entry, name)
+    made = Plan(model, config, entry, name, model if root is None else root)
     found = targets(model, config, resolve(config, entry, model)) if _has_modules(config) else []
     saved = _saved_places(model, config)
     for place in found:
@@ -186,18 +229,29 @@ def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
 def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> None:
     """Allocate a branch's tensors and start them."""
     kept = site.weight
-    dtype = kept.dtype if kept.is_floating_point() and kept.dtype.itemsize > 1 else torch.float32
-    if widen and dtype.itemsize < 4:
-        dtype = torch.float32
+    dtype = adapter_dtype(kept, widen)
     run = init or branch.method.derived(branch.config)
-    device = torch.device("meta") if meta and not run else kept.device
     for tensor_name, spec in branch.specs.items():
         shape = branch.method.stacked(tensor_name, spec, site.stack) if site.stack else spec.shape
-        empty = torch.empty(shape, dtype=spec.dtype or dtype, device=device)
-        branch.tensors[tensor_name] = as_held(empty, spec)
+        branch.tensors[tensor_name] = as_held(_empty(shape, spec, kept, meta and not run, widen), spec)
     if run and kept.device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
+
+
+def adapter_dtype(kept: Tensor, widen: bool) -> torch.dtype:
+    """What an adapter is kept in on a layer: the layer's own dtype, single precision where that is narrow or packed."""
+    dtype = kept.dtype if kept.is_floating_point() and kept.dtype.itemsize > 1 else torch.float32
+    return torch.float32 if widen and dtype.itemsize < 4 else dtype
+
+
+def _empty(shape: tuple[int, ...], spec: Spec, kept: Tensor, meta: bool, widen: bool) -> Tensor:
+    return torch.empty(shape, dtype=spec.dtype or adapter_dtype(kept, widen), device="meta" if meta else kept.device)
+
+
+def _methods(branches: list[Branch]) -> list[Method]:
+    """One method of each kind among the branches."""
+    return list({type(b.method): b.method for b in branches}.values())
 
 
 def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:

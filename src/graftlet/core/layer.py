@@ -19,7 +19,7 @@ from ..errors import AdapterNameError, CallError, MergeError, MergeWarning, list
 from ..weights.site import Site, Weighted
 from .context import BASE, Call, current
 from .method import Method, Spec, Stage, View, Weights
-from .tensors import Box, Leaf, as_held, attribute, split
+from .tensors import Box, Common, Leaf, as_held, attribute, split
 
 
 @dataclass
@@ -216,6 +216,7 @@ class AdaptedLayer(AdapterHost):
         self.keys: dict[str, str] = {}
         self.specs: dict[str, dict[str, Spec]] = {}
         self.settings: dict[str, list[str]] = {}
+        self.commons: dict[str, dict[str, Common]] = {}
         self._saved: tuple[Any, Any] | None = None
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
 
@@ -259,8 +260,6 @@ class AdaptedLayer(AdapterHost):
                 self.__dict__.setdefault(key, {})[name] = value
         self.methods[name], self.configs[name], self.keys[name] = branch.method, branch.config, branch.key
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
-        if branch.rebased is not None:
-            self.site.write(branch.rebased, None)
 
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
         """Hold one tensor of an adapter in its box."""
@@ -286,8 +285,8 @@ class AdaptedLayer(AdapterHost):
             self._drop(split(tensor_name)[0], name)
         for key in self.settings.pop(name):
             self._drop(key, name)
-        for held in (self.methods, self.configs, self.keys):
-            held.pop(name)
+        for held in (self.methods, self.configs, self.keys, self.commons):
+            held.pop(name, None)
 
     def _drop(self, attribute_name: str, name: str) -> None:
         box = self._modules.get(attribute_name)
@@ -304,7 +303,7 @@ class AdaptedLayer(AdapterHost):
 
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""
-        values: dict[str, Any] = {"key": self.keys[name]}
+        values: dict[str, Any] = {"key": self.keys[name], "training": self.training}
         for key in self.settings[name]:
             values[key] = getattr(self, key)[name]
         kept = torch.float32
@@ -314,6 +313,8 @@ class AdaptedLayer(AdapterHost):
                 kept = tensor.dtype if spec.dtype is None else kept
                 tensor = tensor if dtype is None else tensor.to(dtype)
             values[attribute(tensor_name)] = tensor
+        for common_name, box in self.commons.get(name, {}).items():
+            values[common_name] = box[name] if dtype is None else box[name].to(dtype)
         return View(self.configs[name], self.site, dtype or kept, values)
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
@@ -430,6 +431,11 @@ class AdaptedLayer(AdapterHost):
 def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
     """Every wrapper of a model with its path, outermost first."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, AdapterHost))
+
+
+def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:
+    """Every tensor box that layers share, with its path."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, Common))
 
 
 def relink(model: nn.Module, adapter: str) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, listing, warn
-from .layer import AdaptedLayer, AdapterHost, check_known, hosts
+from .layer import AdaptedLayer, AdapterHost, check_known, commons, hosts
+from .tensors import Common
 
 
 class Shell(nn.Module):
@@ -57,6 +58,9 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
     check_known(names, list(dict.fromkeys(n for _, host in found for n in host.adapters)))
     for _, host in found:
         host.set_adapter(names, inference_mode)
+    for _, box in commons(model):
+        for name in box:
+            box.set_requires_grad(name, name in names and not inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -67,6 +71,9 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requ
         for name in names:
             if name in host.adapters:
                 host.set_requires_grad(name, requires_grad)
+    for _, box in commons(model):
+        for name in names:
+            box.set_requires_grad(name, requires_grad)
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
@@ -96,6 +103,8 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
         raise MergeError(f"adapter {adapter_name!r} is merged; unmerge before deleting it.")
     for _, host in found:
         host.delete_adapter(adapter_name)
+    for _, box in commons(model):
+        box.forget(adapter_name)
     return next((host.active_adapters for _, host in found if host.active_adapters), [])
 
 
@@ -169,6 +178,9 @@ def retie(groups: list[list[tuple[nn.Module, str]]]) -> bool:
 def unload(model: nn.Module) -> None:
     """Take every wrapper out. What is merged stays in the weights; a merged replacement is the module from now on."""
     for name, child in list(model.named_children()):
+        if isinstance(child, Common):
+            delattr(model, name)
+            continue
         setattr(model, name, _bare(child))
         unload(getattr(model, name))
 
@@ -182,6 +194,7 @@ def _bare(module: nn.Module) -> nn.Module:
 def mark_trainable(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
     """Freeze the base; the active adapters of `configs` learn, and the biases that they name."""
     ours = {id(p) for _, host in hosts(model) for n in host.adapters for p in host.trainable(n).values()}
+    ours |= {id(p) for _, box in commons(model) for p in box.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad = False

@@ -51,13 +51,14 @@ class Spec:
 class View:
     """One adapter's tensors and settings on one layer.
 
-    dtype: what the adapter computes in. key: the layer's path in the model.
+    dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
     """
 
     config: PeftConfig
     site: Site
     dtype: torch.dtype
     key: str
+    training: bool = False
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -126,6 +127,13 @@ class Method:
     def derived(self, config: PeftConfig) -> bool:
         """Whether loading must run `init` too, since part of what it makes is not in the file."""
         return False
+
+    def commons(self, config: PeftConfig, sites: Mapping[str, Site]) -> dict[str, Spec]:
+        """Tensors that all of an adapter's layers share, held once: `p.<name>` on each of them."""
+        return {}
+
+    def init_commons(self, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+        """Fill the shared tensors in place."""
 
     def link(self, layers: Mapping[str, AdaptedLayer], adapter: str) -> None:
         """Called once all layers of an adapter exist: share tensors between them, deal out what is dealt out in all."""

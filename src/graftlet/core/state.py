@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
-from .layer import AdapterHost, hosts
+from .layer import AdapterHost, commons, hosts
 from .lifecycle import biases
+from .tensors import Common
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Slot:
     """Where one tensor of an adapter belongs: a host's, or a parameter of the base that the adapter trains."""
 
     tensor: Tensor
-    host: AdapterHost | None = None
+    host: AdapterHost | Common | None = None
     key: str = ""
 
 
@@ -54,6 +55,9 @@ def slots(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> d
     for path, host in hosts(model):
         for key, tensor in host.state(adapter).items():
             found[f"{path}.{key}"] = Slot(tensor, host, key)
+    for path, box in commons(model):
+        if adapter in box and box.specs[adapter].saved:
+            found[path] = Slot(box[adapter], box)
     if config is not None:
         found.update({path: Slot(bias) for path, bias in biases(model, config, adapter).items()})
     return found

@@ -65,6 +65,36 @@ class Box(nn.Module):
         self._non_persistent_buffers_set.discard(name)
 
 
+class Common(Box):
+    """A tensor that all layers of an adapter share, held once at the root of the model: `vera_A.default`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specs: dict[str, Spec] = {}
+
+    def attach(self, adapter: str, tensor: Tensor, spec: Spec) -> None:
+        """Hold an adapter's tensor."""
+        self.put(adapter, tensor, spec.persistent)
+        self.specs[adapter] = spec
+
+    def forget(self, adapter: str) -> None:
+        self.drop(adapter)
+        self.specs.pop(adapter, None)
+
+    def assign(self, adapter: str, key: str, value: Tensor) -> None:
+        """Fill an adapter's tensor from the file, in its own dtype and place."""
+        held, spec = self[adapter], self.specs[adapter]
+        if held.is_meta:
+            made = as_held(value.to(dtype=held.dtype, copy=True), spec)
+            self.put(adapter, made.requires_grad_(held.requires_grad), spec.persistent)
+        else:
+            held.copy_(value)
+
+    def set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
+        if adapter in self._parameters:
+            self[adapter].requires_grad_(requires_grad)
+
+
 class Leaf(nn.Module):
     """A module of its own for one tensor, as `lora_A.default` is: callable as the linear map it would be."""
 

@@ -30,6 +30,7 @@ class BaseTuner(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
+        self.pending: Plan | None = None
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.inject(config, name, meta=low_cpu_mem_usage)
@@ -48,7 +49,8 @@ class BaseTuner(nn.Module):
     def inject(self, config: PeftConfig, name: str, meta: bool = False, widen: bool = True, init: bool = True) -> Plan:
         """Put an adapter into the model; the first one is active from then on. All of it happens, or none.
 
-        meta, widen, init: see `Plan.build`.
+        meta, widen, init: see `Plan.build`. Without `init` the caller fills the tensors and then calls `settle` on the
+        plan that is returned, which is kept as `self.pending` meanwhile.
         """
         check_name(name, list(self.peft_config))
         if config.bias != "none" and (
@@ -57,14 +59,24 @@ class BaseTuner(nn.Module):
             raise ConfigError(
                 f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
             )
-        made = plan(self.model, config, name).build(meta, widen, init).apply()
+        made = plan(self.model, config, name, self).build(meta, widen, init).apply()
         self.peft_config[name] = config
         active = self.active_adapters or [name]
         for item in made.items:
             if item.host is not None:
                 item.host.set_adapter(active, self.peft_config[active[0]].inference_mode)
         lifecycle.mark_trainable(self.model, self.peft_config)
+        if init:
+            made.settle()
+        else:
+            self.pending = made
         return made
+
+    def settle(self) -> None:
+        """Finish an injection whose tensors are filled by now."""
+        if self.pending is not None:
+            self.pending.settle()
+        self.pending = None
 
     @property
     def active_adapters(self) -> list[str]:

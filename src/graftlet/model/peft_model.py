@@ -399,6 +399,7 @@ class PeftModel(nn.Module):
     def _loaded(self, active: list[str], config: PeftConfig) -> None:
         """Tie again what the loaded tensors were tied to, and set what learns."""
         if self.tuner is not None:
+            self.tuner.settle()
             for name in self.tuner.peft_config:
                 relink(self.tuner.model, name)
         self.set_adapter(active, config.inference_mode)
