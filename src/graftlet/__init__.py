@@ -30,8 +30,7 @@ _HOMES = {
     "methods.prompts.prompt_tuning": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "methods.prompts.prefix_tuning": "PrefixTuningConfig PrefixEncoder",
     "methods.adaption_prompt": "AdaptionPromptConfig",
-    "model.peft_model": "PeftModel",
-    "model.tasks": "PeftModelForCausalLM PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
+    "model.tasks": "PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
     "PeftModelForTokenClassification PeftModelForQuestionAnswering PeftModelForFeatureExtraction "
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM "

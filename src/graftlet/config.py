@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, warn
+from .files import find_file, write_atomically
+from .registry import lookup
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
@@ -174,8 +176,6 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, whole or not at all."""
-        from .files import write_atomically
-
         folder = Path(save_directory)
         if folder.is_file():
             raise AdapterFileError(f"{folder} is a file; a directory is needed to save an adapter into.")
@@ -196,8 +196,6 @@ class PeftConfig:
             UnknownMethodError: `peft_type` names no method.
             ConfigError: a field has a wrong type or value.
         """
-        from .files import find_file
-
         hub = {k: kwargs.pop(k) for k in list(kwargs) if k in _HUB_ARGUMENTS}
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         return cls.from_dict({**read_json(path), **kwargs}, origin=str(path))
@@ -210,8 +208,6 @@ class PeftConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], origin: str = "the given dictionary") -> PeftConfig:
         """The config that a dictionary describes; its class follows `peft_type` (or is `cls` where that is missing)."""
-        from .registry import lookup
-
         kind = values.get("peft_type") or cls.peft_type_name
         if not kind:
             if cls is PeftConfig and "peft_type" in values:

@@ -10,12 +10,9 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .errors import UnknownMethodError, listing, nearest
-
-if TYPE_CHECKING:
-    from .config import PeftConfig
 
 T = TypeVar("T", bound=type)
 
@@ -30,7 +27,7 @@ class Entry:
     """
 
     name: str
-    config: type[PeftConfig]
+    config: type[Any]
     method: type
     sites: tuple[type, ...]
     prefix: str
@@ -52,7 +49,7 @@ _table: dict[str, Entry] = {}
 
 def method(
     name: str,
-    config: type[PeftConfig],
+    config: type[Any],
     *,
     sites: tuple[type, ...] = (),
     prefix: str | None = None,

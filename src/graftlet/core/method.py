@@ -23,7 +23,6 @@ from ..errors import MergeError, UnsupportedLayerError
 if TYPE_CHECKING:
     from ..config import PeftConfig
     from ..weights.site import Site
-    from .layer import AdaptedLayer
 
 Weights = tuple[Tensor, "Tensor | None"]
 """A weight `[out, in, *kernel]` and its bias `[out]`, or None."""
@@ -83,6 +82,13 @@ class View:
         return getattr(self.config, name)
 
 
+class Holder(Protocol):
+    """A layer as `Method.link` sees it: the tensors of an adapter can be read and replaced."""
+
+    def tensor(self, adapter: str, tensor_name: str) -> Tensor: ...
+    def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None: ...
+
+
 class Stage(Protocol):
     """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter."""
 
@@ -135,7 +141,7 @@ class Method:
     def init_commons(self, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
         """Fill the shared tensors in place."""
 
-    def link(self, layers: Mapping[str, AdaptedLayer], adapter: str) -> None:
+    def link(self, layers: Mapping[str, Holder], adapter: str) -> None:
         """Called once all layers of an adapter exist: share tensors between them, deal out what is dealt out in all."""
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..config import TaskType
 from ..errors import CardWarning, warn
 from ..files import write_atomically
-
-if TYPE_CHECKING:
-    from .peft_model import PeftModel
 
 PIPELINES = {
     TaskType.CAUSAL_LM: "text-generation",
@@ -41,7 +38,7 @@ The files are those of PEFT: `peft` and everything that reads its adapters loads
 """
 
 
-def write(model: PeftModel, folder: Path) -> None:
+def write(model: Any, folder: Path) -> None:
     """Write the card, or bring the metadata of one that is there up to date and leave its text alone.
 
     A card whose metadata cannot be read is left as it is, with a `CardWarning`: no card is worth losing an adapter for.
@@ -64,7 +61,7 @@ def write(model: PeftModel, folder: Path) -> None:
     write_atomically(path, str(card).encode())
 
 
-def metadata(model: PeftModel) -> dict[str, object]:
+def metadata(model: Any) -> dict[str, object]:
     """What the hub reads off a card: library, base, task and tags."""
     config = model.active_peft_config
     base = config.base_model_name_or_path or ""
@@ -77,7 +74,7 @@ def metadata(model: PeftModel) -> dict[str, object]:
     return {**found, "tags": tags}
 
 
-def _fresh(model: PeftModel, folder: Path) -> str:
+def _fresh(model: Any, folder: Path) -> str:
     from .. import __version__
 
     config = model.active_peft_config

@@ -350,8 +350,6 @@ class PeftModel(nn.Module):
         Raises:
             AdapterFileError: a file is missing, damaged, or does not fit; the model is as it was.
         """
-        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-
         hub = {k: v for k, v in kwargs.items() if k not in ("torch_device", "allow_pickle")}
         chosen = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
         chosen.inference_mode = not is_trainable
@@ -439,6 +437,10 @@ class PeftModel(nn.Module):
 
     def _prepare(self, config: PeftConfig) -> None:
         """What a task adds to an adapter's config; the task classes override it."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
+"""The class for each `task_type`; `tasks` fills it in."""
 
 
 @contextmanager

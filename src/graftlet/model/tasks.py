@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..config import PeftConfig
-from .peft_model import PeftModel
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
 
 class _TaskModel(PeftModel):
@@ -72,11 +72,11 @@ class PeftModelForFeatureExtraction(_TaskModel):
     """A model whose hidden states are wanted."""
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING.update(
+    SEQ_CLS=PeftModelForSequenceClassification,
+    SEQ_2_SEQ_LM=PeftModelForSeq2SeqLM,
+    CAUSAL_LM=PeftModelForCausalLM,
+    TOKEN_CLS=PeftModelForTokenClassification,
+    QUESTION_ANS=PeftModelForQuestionAnswering,
+    FEATURE_EXTRACTION=PeftModelForFeatureExtraction,
+)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ...config import PeftConfig
-from ...core.layer import AdaptedLayer
-from ...core.method import Delta, Rewrite, Spec, Stage, View, Weights
+from ...core.method import Delta, Holder, Rewrite, Spec, Stage, View, Weights
 from ...weights.site import Conv, Site
 
 MAGNITUDE = "lora_magnitude_vector.weight"
@@ -54,7 +53,7 @@ class DoRA(Rewrite):
     def derived(self, config: PeftConfig) -> bool:
         return self.inner.derived(config)
 
-    def link(self, layers: Mapping[str, AdaptedLayer], adapter: str) -> None:
+    def link(self, layers: Mapping[str, Holder], adapter: str) -> None:
         self.inner.link(layers, adapter)
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
