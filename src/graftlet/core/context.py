@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,15 +25,22 @@ class Call:
     """One call's facts. rows: an adapter name for each row of the batch, or None where the model's own choice acts."""
 
     rows: tuple[str, ...] | None = None
+    known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
+    """Groups found so far: the layers of a model ask for the same ones."""
 
-    def groups(self, count: int | None, device: torch.device) -> list[tuple[str, Tensor]] | None:
+    def groups(self, count: int | None, device: torch.device, exact: bool = False) -> list[tuple[str, Tensor]] | None:
         """Each adapter with the indices of its rows in an input of `count` rows; None where they cannot be told.
 
-        Beam search repeats every row, so `count` may be a multiple.
+        Beam search repeats every row, so `count` may be a multiple, unless the rows must match exactly.
         """
         rows = self.rows or ()
-        if count is None or not rows or count % len(rows):
+        if count is None or not rows or count % len(rows) or (exact and count != len(rows)):
             return None
+        if (count, device) not in self.known:
+            self.known[count, device] = self._found(rows, count, device)
+        return self.known[count, device]
+
+    def _found(self, rows: tuple[str, ...], count: int, device: torch.device) -> list[tuple[str, Tensor]]:
         repeat, found = count // len(rows), dict[str, list[int]]()
         for i, name in enumerate(rows):
             found.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))

@@ -17,7 +17,8 @@ from ..config import PeftConfig
 from ..errors import NoMatchingPeftModuleError, PatternWarning, UnsupportedLayerError, listing, nearest, warn
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Parameter, Site, site_of
-from .layer import AdaptedLayer, AdapterHost, Branch, commons, relink
+from .host import AdapterHost, commons
+from .layer import AdaptedLayer, Branch, relink
 from .method import Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place, by_pattern, matches, resolve, targets, walk
@@ -151,7 +152,11 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
     """
     entry = lookup(config.peft_type)
     made = Plan(model, config, entry, name, model if root is None else root)
+    if issubclass(entry.method, Method):
+        entry.method().complete(config, model)
     found = targets(model, config, resolve(config, entry, model)) if _has_modules(config) else []
+    if issubclass(entry.method, Method) and entry.method.follows_ties:
+        found += _tied_with(model, found)
     saved = _saved_places(model, config)
     for place in found:
         if not any(place.path == s.path or place.path.startswith(f"{s.path}.") for s in saved):
@@ -167,6 +172,13 @@ class _Saved(Replace):
     """`modules_to_save`, as a kind of replacement."""
 
     copies, original, on_disk = "modules_to_save", "original_module", False
+
+
+def _tied_with(model: nn.Module, found: list[Place]) -> list[Place]:
+    """The other places whose weight is one of these places'."""
+    weights = {id(p.bare._parameters.get("weight")) for p in found} - {id(None)}
+    known = {id(p.bare) for p in found}
+    return [p for p in walk(model) if id(p.bare) not in known and id(p.bare._parameters.get("weight")) in weights]
 
 
 def _has_modules(config: PeftConfig) -> bool:
@@ -300,7 +312,7 @@ def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
 def _inherit(host: AdapterHost, standing: nn.Module) -> None:
     host.train(standing.training)
     if isinstance(standing, AdapterHost):
-        host._disabled = standing.disable_adapters
+        host.set_disabled(standing.disable_adapters)
 
 
 def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:

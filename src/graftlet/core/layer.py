@@ -7,7 +7,6 @@ stage can be called, and can tell its weight: merging writes the last stage's we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..errors import AdapterNameError, CallError, MergeError, MergeWarning, listing, nearest, warn
-from ..weights.site import Site, Weighted
+from ..errors import CallError, MergeError, listing
+from ..weights.site import Site
 from .context import BASE, Call, current
+from .host import AdapterHost, hosts
 from .method import Method, Spec, Stage, View, Weights
 from .tensors import Box, Common, Leaf, as_held, attribute, split
 
@@ -36,120 +36,6 @@ class Branch:
     """A new base weight `[out, in, *kernel]` that the initialisation asks for."""
 
 
-class AdapterHost(Weighted):
-    """A module that stands in for another and carries adapters: which are there, which are active, which are merged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._active: list[str] = []
-        self._disabled = False
-        self.merged_adapters: list[str] = []
-
-    @property
-    def adapters(self) -> list[str]:
-        """The names of the adapters held here."""
-        raise NotImplementedError
-
-    @property
-    def base(self) -> nn.Module:
-        """The module that is stood in for."""
-        raise NotImplementedError
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self._active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self._active[0] if len(self._active) == 1 else list(self._active)
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.merged_adapters)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disabled
-
-    def acting(self) -> list[str]:
-        """The adapters that a forward applies now, in order: active, held here, and not in the weight already."""
-        if self._disabled:
-            return []
-        return [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the active ones; they alone can be trained, and not in inference mode."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if self.merged and names != self._active:
-            warn(
-                MergeWarning,
-                f"adapters {listing(self.merged_adapters)} were merged; unmerged to activate {listing(names)}.",
-            )
-            self.unmerge()
-        self._active = names
-        for name in self.adapters:
-            self.set_requires_grad(name, name in names and not inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Let the active adapters act, or let the base layer act alone."""
-        if not enabled and self.merged:
-            self.unmerge()
-        self._disabled = not enabled
-        for name in self._active if enabled else self.adapters:
-            self.set_requires_grad(name, enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. Where it was active, another one held here becomes so."""
-        if adapter_name not in self.adapters:
-            return
-        if adapter_name in self.merged_adapters:
-            raise MergeError(f"adapter {adapter_name!r} is merged; unmerge before deleting it.")
-        self.forget(adapter_name)
-        if adapter_name in self._active:
-            left = [n for n in self._active if n != adapter_name] or self.adapters[:1]
-            self.set_adapter(left)
-
-    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """Of the adapters asked for (the active ones unless named), those held here and not merged yet."""
-        names = self.active_adapters if adapter_names is None else adapter_names
-        return [n for n in names if n in self.adapters and n not in self.merged_adapters]
-
-    # what a kind of host gives
-
-    def forget(self, name: str) -> None:
-        raise NotImplementedError
-
-    def set_requires_grad(self, name: str, requires_grad: bool) -> None:
-        for parameter in self.trainable(name).values():
-            parameter.requires_grad_(requires_grad)
-
-    def trainable(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters that an adapter trains here, by their key in the file."""
-        raise NotImplementedError
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        """An adapter's tensors that go to the file, by their key below this module."""
-        raise NotImplementedError
-
-    def assign(self, name: str, key: str, value: Tensor) -> None:
-        """Put a tensor of the file into its place, in the place's dtype and on the layer's device."""
-        raise NotImplementedError
-
-    def part(self, shared: set[int]) -> None:
-        """Stop sharing a weight (one of these tensors, by id) with other layers, before it is written."""
-
-    def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
-        raise NotImplementedError
-
-    def unmerge(self) -> None:
-        raise NotImplementedError
-
-    def get_base_layer(self) -> nn.Module:
-        """The innermost module stood in for."""
-        inner = self.base
-        return inner.get_base_layer() if isinstance(inner, AdapterHost) else inner
-
-
 class Base:
     """The first stage: the layer without adapters, or with those that are merged into its weight."""
 
@@ -157,6 +43,7 @@ class Base:
         self.layer, self.args, self.kwargs = layer, args, kwargs or {}
         self.pure = pure and layer.merged
         self.dtype: torch.dtype | None = None
+        self.output: Tensor | None = None
         self._weights: Weights | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -175,6 +62,22 @@ class Base:
 
     def origin(self) -> Weights:
         return self.weight() if self.pure or not self.layer.merged else widened(*self.layer.original())
+
+
+class Rows(Base):
+    """The first stage for some rows of a batch: what the base layer gives for the input as it is, is computed once."""
+
+    def __init__(self, whole: Base, batch: Tensor, index: Tensor, rows: Tensor) -> None:
+        super().__init__(whole.layer, whole.args, whole.kwargs, pure=True)
+        self.whole, self.batch, self.index, self.rows = whole, batch, index, rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is not self.rows or self.layer.site.opaque:
+            return super().__call__(x)
+        if self.whole.output is None:
+            self.whole.output = self.whole(self.batch)
+        self.dtype = self.whole.dtype
+        return self.whole.output.index_select(0, self.index)
 
 
 class Adapted:
@@ -260,6 +163,7 @@ class AdaptedLayer(AdapterHost):
                 self.__dict__.setdefault(key, {})[name] = value
         self.methods[name], self.configs[name], self.keys[name] = branch.method, branch.config, branch.key
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
+        self._learning.add(name)
 
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
         """Hold one tensor of an adapter in its box."""
@@ -287,6 +191,7 @@ class AdaptedLayer(AdapterHost):
             self._drop(key, name)
         for held in (self.methods, self.configs, self.keys, self.commons):
             held.pop(name, None)
+        self._learning.discard(name)
 
     def _drop(self, attribute_name: str, name: str) -> None:
         box = self._modules.get(attribute_name)
@@ -299,13 +204,13 @@ class AdaptedLayer(AdapterHost):
         """One tensor of an adapter, by its name in memory."""
         box, entry = split(tensor_name)
         held = cast(Box, self._modules[box])[adapter]
-        return held if entry is None else getattr(held, entry)
+        return held if entry is None else held[entry]
 
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""
         values: dict[str, Any] = {"key": self.keys[name], "training": self.training}
         for key in self.settings[name]:
-            values[key] = getattr(self, key)[name]
+            values[key] = (self.__dict__[key] if key in self.__dict__ else self._modules[key])[name]
         kept = torch.float32
         for tensor_name, spec in self.specs[name].items():
             tensor = self.tensor(name, tensor_name)
@@ -316,6 +221,12 @@ class AdaptedLayer(AdapterHost):
         for common_name, box in self.commons.get(name, {}).items():
             values[common_name] = box[name] if dtype is None else box[name].to(dtype)
         return View(self.configs[name], self.site, dtype or kept, values)
+
+    def check_together(self, names: list[str]) -> None:
+        here = [n for n in names if n in self.methods]
+        views = {n: self.view(n) for n in here} if len(here) > 1 else {}
+        for name, own in views.items():
+            self.methods[name].join(own, [other for other in views.values() if other is not own])
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         specs = {n: s for n, s in self.specs[name].items() if s.trainable}
@@ -341,14 +252,13 @@ class AdaptedLayer(AdapterHost):
         if call is not None and call.rows is not None and not self._disabled:
             return self._mixed(call, x, args, kwargs)
         names = self.acting()
-        if not names:
+        if not names and not (self._disabled and self.merged):
             return self.base_layer(x, *args, **kwargs)
-        return self._run(names, x, args, kwargs)
+        return self._run(names, x, Base(self, args, kwargs, pure=self._disabled))
 
-    def _run(self, names: list[str], x: Any, args: tuple, kwargs: dict, pure: bool = False) -> Any:
-        base = Base(self, args, kwargs, pure)
-        stage = self._stages(names, base)
-        if self.site.opaque:
+    def _run(self, names: list[str], x: Any, base: Base) -> Any:
+        stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
+        if self.site.opaque and (names or base.pure):
             W, b = stage.weight()
             kept = self.site.weight.dtype
             return self.site.op(x, W.to(kept), b if b is None else b.to(kept), *args, **kwargs)
@@ -362,16 +272,20 @@ class AdaptedLayer(AdapterHost):
 
     def _mixed(self, call: Call, x: Any, args: tuple, kwargs: dict) -> Any:
         """Each row as if its adapter alone were active, whatever is active or merged."""
-        groups = call.groups(self.site.rows(x), x.device)
+        count = self.site.rows(x)
+        groups = call.groups(count, x.device, exact=x.dim() == 2 and x.is_floating_point())
         if groups is None:
             raise CallError(
                 f"adapter_names has {len(call.rows or ())} rows, but a {type(self.site.module).__name__} was called "
                 f"with an input of shape {tuple(x.shape)}, whose rows are not the batch's; this layer cannot be mixed."
             )
-        parts = []
+        whole, parts = Base(self, args, kwargs, pure=True), []
         for name, index in groups:
+            if len(groups) > 1 and name in self.methods and (why := self.methods[name].unmixable):
+                raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
             names = [name] if name != BASE and name in self.methods else []
-            parts.append((index, self._run(names, self.site.select(x, index), args, kwargs, pure=True)))
+            rows = self.site.select(x, index)
+            parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
     def effective(self) -> Weights:
@@ -404,6 +318,7 @@ class AdaptedLayer(AdapterHost):
                 raise MergeError(f"adapter {name!r} cannot be merged: {self.methods[name].unmergeable}.")
         if not names:
             return
+        self.check_together([*self.merged_adapters, *names])
         W, b = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")
@@ -428,45 +343,8 @@ class AdaptedLayer(AdapterHost):
         self._saved, self.merged_adapters = None, []
 
 
-def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
-    """Every wrapper of a model with its path, outermost first."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, AdapterHost))
-
-
-def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:
-    """Every tensor box that layers share, with its path."""
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, Common))
-
-
 def relink(model: nn.Module, adapter: str) -> None:
     """Share again what an adapter's layers share, after its tensors were loaded one by one."""
     layers = {h.keys[adapter]: h for _, h in hosts(model) if isinstance(h, AdaptedLayer) and adapter in h.methods}
     for method in {type(h.methods[adapter]): h.methods[adapter] for h in layers.values()}.values():
         method.link(layers, adapter)
-
-
-def check_name(name: object, taken: list[str]) -> str:
-    """An adapter name that can be a key and a folder, and is free; `AdapterNameError` with the nearest usable one."""
-    if not isinstance(name, str) or not name:
-        raise AdapterNameError(f"adapter name {name!r}: a non-empty string is needed.")
-    bad = sorted({c for c in name if c in './\\:*?"<>|' or ord(c) < 32})
-    if bad or len(name) > 100:
-        usable = "".join("_" if c in bad else c for c in name)[:100].strip("_ ") or "default"
-        why = f"has {listing(map(repr, bad))}" if bad else "is longer than 100 characters"
-        raise AdapterNameError(
-            f"adapter name {name[:120]!r} {why} and could not be a folder and a key; use {usable!r}."
-        )
-    if name == BASE:
-        raise AdapterNameError(f"adapter name {BASE!r} stands for the base model in adapter_names; choose another.")
-    if name in taken:
-        raise AdapterNameError(f"adapter {name!r} exists already; delete it first, or choose another name.")
-    return name
-
-
-def check_known(names: list[str], known: list[str]) -> None:
-    """Raise `AdapterNameError` where a name is none of `known`."""
-    for name in names:
-        if name not in known:
-            raise AdapterNameError(
-                f"no adapter {name!r}{nearest(str(name), known)} Present: {listing(known) or 'none'}."
-            )

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, listing, warn
-from .layer import AdaptedLayer, AdapterHost, check_known, commons, hosts
+from .host import AdapterHost, check_known, commons, hosts
+from .layer import AdaptedLayer
 from .tensors import Common
 
 
@@ -55,7 +56,9 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     found = list(hosts(model))
-    check_known(names, list(dict.fromkeys(n for _, host in found for n in host.adapters)))
+    check_known(names, list({n: None for _, host in found for n in host.adapters}))
+    for _, host in found:
+        host.check_together(names)
     for _, host in found:
         host.set_adapter(names, inference_mode)
     for _, box in commons(model):
@@ -84,15 +87,15 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model alone, until the block ends; gradients' flags are as they were afterwards."""
-    flags = [(p, p.requires_grad) for _, h in hosts(model) for n in h.adapters for p in h.trainable(n).values()]
-    enable_adapters(model, False)
+    """The base model alone, until the block ends, also where adapters are merged. What learns stays as it is."""
+    before = [(host, host.disable_adapters) for _, host in hosts(model)]
     try:
+        for host, _ in before:
+            host.set_disabled(True)
         yield
     finally:
-        enable_adapters(model, True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for host, was in before:
+            host.set_disabled(was)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:

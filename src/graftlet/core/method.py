@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import MergeError, UnsupportedLayerError
+from ..errors import ConfigError, MergeError, UnsupportedLayerError
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -85,6 +85,7 @@ class View:
 class Holder(Protocol):
     """A layer as `Method.link` sees it: the tensors of an adapter can be read and replaced."""
 
+    def view(self, name: str) -> View: ...
     def tensor(self, adapter: str, tensor_name: str) -> Tensor: ...
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None: ...
 
@@ -103,16 +104,22 @@ class Method:
     law: several active adapters add up (`sum`: each delta taken at the original weight), each sees what the one before
         made (`chain`), or exclude each other (`one`).
     reads_weight: `transform` depends on the weight it is given, so the storage must be readable.
-    unmergeable: why merging is refused; None where it is not.
+    unmergeable: why merging is refused; None where it is not. unmixable: why a batch of several adapters' rows is.
+    follows_ties: layers that share a target's weight are adapted along with it.
     """
 
     law: ClassVar[Literal["sum", "chain", "one"]] = "sum"
     reads_weight: ClassVar[bool] = True
     unmergeable: ClassVar[str | None] = None
+    unmixable: ClassVar[str | None] = None
+    follows_ties: ClassVar[bool] = False
     exact_start: ClassVar[bool] = True
     """A new adapter changes nothing until it is trained."""
 
     # what an adapter has
+
+    def complete(self, config: PeftConfig, model: nn.Module) -> None:
+        """Fill what the config leaves to the model it is put into."""
 
     def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
         """The method for this layer: itself, or a variant that the config asks for."""
@@ -143,6 +150,13 @@ class Method:
 
     def link(self, layers: Mapping[str, Holder], adapter: str) -> None:
         """Called once all layers of an adapter exist: share tensors between them, deal out what is dealt out in all."""
+
+    def join(self, p: View, others: list[View]) -> None:
+        """Raise where an adapter cannot act together with these others on its layer."""
+        if others and self.law == "one":
+            raise ConfigError(
+                f"{type(self).__name__} on {p.key!r} cannot act beside other adapters; activate one only."
+            )
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         """The shape of a tensor that serves a stack of experts."""
@@ -280,6 +294,12 @@ class Routed(Method):
                 "through its weight."
             )
         return {}
+
+
+def check_dropout(site: Site, key: str, name: str, rate: float) -> None:
+    """Raise `ConfigError` where there is no input to drop from: the layer is adapted through its weight."""
+    if site.opaque and rate:
+        raise ConfigError(f"{name}={rate} cannot work on {key!r}, which is adapted through its weight; use 0.")
 
 
 class Replace:

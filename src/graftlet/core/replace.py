@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import CallError, MergeError
 from .context import current
-from .layer import AdapterHost
+from .host import AdapterHost
 from .tensors import Box
 
 
@@ -56,9 +56,11 @@ class Replacement(AdapterHost):
     def attach(self, name: str, module: nn.Module | None = None) -> None:
         """Give an adapter its own copy of the original (or `module`, made ready elsewhere)."""
         self.copies.put(name, copy.deepcopy(self.base) if module is None else module)
+        self._learning.add(name)
 
     def forget(self, name: str) -> None:
         self.copies.drop(name)
+        self._learning.discard(name)
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.copies:
@@ -89,7 +91,8 @@ class Replacement(AdapterHost):
         if call is not None and call.rows is not None and not self._disabled:
             return self._mixed(call.rows, args, kwargs)
         names = self.acting()
-        return (self.copies[names[-1]] if names else self.base)(*args, **kwargs)
+        base = self._frozen[0] if self._disabled and self._frozen else self.base
+        return (self.copies[names[-1]] if names else base)(*args, **kwargs)
 
     def _mixed(self, rows: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
         x = args[0] if args else next(iter(kwargs.values()), None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
-from .layer import AdapterHost, commons, hosts
+from .host import AdapterHost, commons, hosts
 from .lifecycle import biases
 from .tensors import Common
 

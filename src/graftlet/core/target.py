@@ -19,7 +19,7 @@ from ..config import Names, PeftConfig, TaskType
 from ..errors import ConfigError, NoMatchingPeftModuleError, listing, nearest
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
-from .layer import AdapterHost
+from .host import AdapterHost
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")

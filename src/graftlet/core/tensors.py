@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .method import Spec
+from .method import Holder, Spec
 
 
 class Box(nn.Module):
@@ -23,10 +24,9 @@ class Box(nn.Module):
     """
 
     def __getitem__(self, name: str) -> Any:
-        for held in (self._parameters, self._modules, self._buffers):
-            if name in held:
-                return held[name]
-        raise KeyError(name)
+        if name in self._parameters:
+            return self._parameters[name]
+        return self._modules[name] if name in self._modules else self._buffers[name]
 
     def __contains__(self, name: object) -> bool:
         return name in self._parameters or name in self._modules or name in self._buffers
@@ -101,16 +101,29 @@ class Leaf(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
+    def __getitem__(self, entry: str) -> Tensor:
+        held = self._parameters.get(entry)
+        return self._buffers[entry] if held is None else held  # pyright: ignore[reportReturnType]
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self._parameters.get("bias"))
 
 
+def share(source: Holder, layer: Holder, adapter: str, tensor_name: str) -> None:
+    """Let a layer use the very tensor that another one holds."""
+    tensor = source.tensor(adapter, tensor_name)
+    if layer.tensor(adapter, tensor_name) is not tensor:
+        layer.put(adapter, tensor_name, tensor, Spec(tuple(tensor.shape)))
+
+
+@functools.cache
 def split(name: str) -> tuple[str, str | None]:
     """`lora_A.weight` is entry `weight` of a leaf in box `lora_A`; `hra_u` stands in its box itself."""
     box, _, entry = name.partition(".")
     return box, entry or None
 
 
+@functools.cache
 def attribute(name: str) -> str:
     """How a view calls a tensor: `lora_A.weight` is `p.lora_A`, `lora_B.bias` is `p.lora_B_bias`."""
     return name.removesuffix(".weight").replace(".", "_")

@@ -10,8 +10,8 @@ from torch import nn
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
 from . import lifecycle
+from .host import check_name, hosts
 from .inject import Plan, plan
-from .layer import check_name, hosts
 
 
 class BaseTuner(nn.Module):
@@ -91,7 +91,8 @@ class BaseTuner(nn.Module):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters."""
         lifecycle.set_adapter(self.model, adapter_name, inference_mode)
-        lifecycle.mark_trainable(self.model, {} if inference_mode else self.peft_config)
+        if any(config.bias != "none" for config in self.peft_config.values()):
+            lifecycle.mark_trainable(self.model, {} if inference_mode else self.peft_config)
 
     def enable_adapter_layers(self) -> None:
         lifecycle.enable_adapters(self.model, True)

@@ -114,6 +114,7 @@ class LoRA(Delta):
             "r": r,
             "lora_alpha": alpha,
             "scaling": alpha / (math.sqrt(r) if config.use_rslora else r),
+            "lora_bias": config.lora_bias,
             "lora_dropout": nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity(),
         }
 
@@ -145,7 +146,8 @@ class LoRA(Delta):
         return p.lora_B_bias * p.scaling if p.lora_bias else None
 
     def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.lora_dropout(x) if x.is_floating_point() else x
+        idle = isinstance(p.lora_dropout, nn.Identity) or not x.is_floating_point()
+        return x if idle else p.lora_dropout(x)
 
     def update(self, p: View, x: Tensor) -> Tensor:
         A, B = factors(p)

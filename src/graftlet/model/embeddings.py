@@ -13,7 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.layer import AdaptedLayer, AdapterHost
+from ..core.host import AdapterHost
+from ..core.layer import AdaptedLayer
 from ..core.lifecycle import Shell
 from ..core.state import Slot
 from ..errors import EmbeddingWarning, warn

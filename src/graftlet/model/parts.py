@@ -8,7 +8,8 @@ from typing import cast
 from torch import nn
 
 from ..config import PeftConfig
-from ..core.layer import AdaptedLayer, hosts
+from ..core.host import hosts
+from ..core.layer import AdaptedLayer
 from ..core.tuner import BaseTuner
 
 COMPILED = "_orig_mod"

@@ -19,7 +19,8 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import lifecycle
 from ..core.context import BASE, Call, using
-from ..core.layer import check_known, check_name, relink
+from ..core.host import check_known, check_name
+from ..core.layer import relink
 from ..core.tuner import BaseTuner
 from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
 from . import card, prompting, save, status

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..core import state
-from ..core.layer import check_known
+from ..core.host import check_known
 from ..core.lifecycle import adapters_of
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import find_file, settle

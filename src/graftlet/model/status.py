@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core.layer import AdaptedLayer, AdapterHost, hosts
+from ..core.host import AdapterHost, hosts
+from ..core.layer import AdaptedLayer
 from ..core.replace import ModulesToSave
 from ..errors import CallError
 from ..weights.storage import PLAIN

@@ -238,7 +238,8 @@ class Conv(Site):
         return (left @ right_rows).reshape(-1, *right.shape[1:])
 
     def on_channels(self, function: Map, y: Tensor) -> Tensor:
-        return function(y.movedim(1, -1)).movedim(-1, 1)
+        channels = -1 - self.dims  # counted from the end: a batch dimension may be missing
+        return function(y.movedim(channels, -1)).movedim(-1, channels)
 
     @property
     def basis(self) -> int:

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every wrapper of a module shares: which adapters it holds, which are active, which are merged; their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from ..errors import AdapterNameError, MergeError, MergeWarning, listing, nearest, warn
+from ..weights.site import Weighted
+from .context import BASE
+from .tensors import Box, Common
+
+
+class AdapterHost(Weighted):
+    """A module that stands in for another and carries adapters: which are there, which are active, which are merged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._active: list[str] = []
+        self._learning: set[str] = set()
+        self._disabled = False
+        self.merged_adapters: list[str] = []
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters held here."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> nn.Module:
+        """The module that is stood in for."""
+        raise NotImplementedError
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self._active[0] if len(self._active) == 1 else list(self._active)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disabled
+
+    def acting(self) -> list[str]:
+        """The adapters that a forward applies now, in order: active, held here, and not in the weight already."""
+        if self._disabled:
+            return []
+        return [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones; they alone can be trained, and not in inference mode."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.merged and names != self._active:
+            warn(
+                MergeWarning,
+                f"adapters {listing(self.merged_adapters)} were merged; unmerged to activate {listing(names)}.",
+            )
+            self.unmerge()
+        self._active = names
+        learning = set() if inference_mode else set(names)
+        for name in self._learning - learning:
+            self.set_requires_grad(name, False)
+        for name in names:
+            self.set_requires_grad(name, not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let the active adapters act and learn, or let the base layer act alone, also where they are merged."""
+        self.set_disabled(not enabled)
+        for name in self._active if enabled else self.adapters:
+            self.set_requires_grad(name, enabled)
+
+    def set_disabled(self, disabled: bool) -> None:
+        """Let the base layer act alone, or not; what learns stays as it is."""
+        self._disabled = disabled
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter. Where it was active, another one held here becomes so."""
+        if adapter_name not in self.adapters:
+            return
+        if adapter_name in self.merged_adapters:
+            raise MergeError(f"adapter {adapter_name!r} is merged; unmerge before deleting it.")
+        self.forget(adapter_name)
+        if adapter_name in self._active:
+            left = [n for n in self._active if n != adapter_name] or self.adapters[:1]
+            self.set_adapter(left)
+
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Of the adapters asked for (the active ones unless named), those held here and not merged yet."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [n for n in names if n in self.adapters and n not in self.merged_adapters]
+
+    # what a kind of host gives
+
+    def check_together(self, names: list[str]) -> None:
+        """Raise where these adapters cannot be active at the same time."""
+
+    def forget(self, name: str) -> None:
+        raise NotImplementedError
+
+    def set_requires_grad(self, name: str, requires_grad: bool) -> None:
+        """Let an adapter's parameters here learn, or freeze them."""
+        if name not in self.adapters:
+            return
+        for parameter in self.trainable(name).values():
+            parameter.requires_grad_(requires_grad)
+        (self._learning.add if requires_grad else self._learning.discard)(name)
+
+    def trainable(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters that an adapter trains here, by their key in the file."""
+        raise NotImplementedError
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """An adapter's tensors that go to the file, by their key below this module."""
+        raise NotImplementedError
+
+    def assign(self, name: str, key: str, value: Tensor) -> None:
+        """Put a tensor of the file into its place, in the place's dtype and on the layer's device."""
+        raise NotImplementedError
+
+    def part(self, shared: set[int]) -> None:
+        """Stop sharing a weight (one of these tensors, by id) with other layers, before it is written."""
+
+    def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        raise NotImplementedError
+
+    def get_base_layer(self) -> nn.Module:
+        """The innermost module stood in for."""
+        inner = self.base
+        return inner.get_base_layer() if isinstance(inner, AdapterHost) else inner
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
+    """Every wrapper of a model with its path, outermost first."""
+    return ((n, m) for n, m in _walk(model) if isinstance(m, AdapterHost))
+
+
+def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:
+    """Every tensor box that layers share, with its path."""
+    return ((n, m) for n, m in _walk(model) if isinstance(m, Common))
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their paths, as `named_modules` gives them, but not into the boxes of adapters."""
+    stack, seen = [("", model)], set[int]()
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        prefix = f"{path}." if path else ""
+        children = [(prefix + n, m) for n, m in module._modules.items() if m is not None and type(m) is not Box]
+        stack += reversed(children)
+
+
+def check_name(name: object, taken: list[str]) -> str:
+    """An adapter name that can be a key and a folder, and is free; `AdapterNameError` with the nearest usable one."""
+    if not isinstance(name, str) or not name:
+        raise AdapterNameError(f"adapter name {name!r}: a non-empty string is needed.")
+    bad = sorted({c for c in name if c in './\\:*?"<>|' or ord(c) < 32})
+    if bad or len(name) > 100:
+        usable = "".join("_" if c in bad else c for c in name)[:100].strip("_ ") or "default"
+        why = f"has {listing(map(repr, bad))}" if bad else "is longer than 100 characters"
+        raise AdapterNameError(
+            f"adapter name {name[:120]!r} {why} and could not be a folder and a key; use {usable!r}."
+        )
+    if name == BASE:
+        raise AdapterNameError(f"adapter name {BASE!r} stands for the base model in adapter_names; choose another.")
+    if name in taken:
+        raise AdapterNameError(f"adapter {name!r} exists already; delete it first, or choose another name.")
+    return name
+
+
+def check_known(names: list[str], known: list[str]) -> None:
+    """Raise `AdapterNameError` where a name is none of `known`."""
+    for name in names:
+        if name not in known:
+            raise AdapterNameError(
+                f"no adapter {name!r}{nearest(str(name), known)} Present: {listing(known) or 'none'}."
+            )
