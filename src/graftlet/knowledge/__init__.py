@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known about methods and models, as data and as tables made from it."""
