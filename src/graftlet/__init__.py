@@ -27,6 +27,7 @@ _HOMES = {
     "methods.ln_tuning": "LNTuningConfig",
     "methods.trainable_tokens": "TrainableTokensConfig",
     "methods.vera": "VeraConfig",
+    "methods.beft": "BeftConfig",
     "methods.prompts.prompt_tuning": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "methods.prompts.prefix_tuning": "PrefixTuningConfig PrefixEncoder",
     "methods.adaption_prompt": "AdaptionPromptConfig",

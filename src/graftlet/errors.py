@@ -131,6 +131,12 @@ class EmbeddingWarning(PeftWarning):
     code = "embedding-saved"
 
 
+class StartWarning(PeftWarning):
+    """A new adapter changes the model before it is trained."""
+
+    code = "start-not-neutral"
+
+
 class HeadWarning(PeftWarning):
     """A model's own head stays frozen although its task needs it trained."""
 
@@ -171,3 +177,9 @@ def listing(items: Iterable[object], limit: int = 8) -> str:
     words = [str(i) for i in items]
     more = f" and {len(words) - limit} more" if len(words) > limit else ""
     return ", ".join(words[:limit]) + more
+
+
+class TrainingInterrupted(GraftletError, RuntimeError):
+    """Training was stopped from the keyboard after a step whose checkpoint is saved."""
+
+    code = "training-interrupted"

@@ -22,9 +22,14 @@ BASE = "__base__"
 
 @dataclass(frozen=True)
 class Call:
-    """One call's facts. rows: an adapter name for each row of the batch, or None where the model's own choice acts."""
+    """One call's facts.
+
+    rows: an adapter name for each row of the batch, or None where the model's own choice acts. alone: while one
+        adapter's rows are served, its name, for layers that are read by another layer rather than called.
+    """
 
     rows: tuple[str, ...] | None = None
+    alone: str | None = None
     known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
     """Groups found so far: the layers of a model ask for the same ones."""
 

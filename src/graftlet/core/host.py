@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -121,6 +122,14 @@ class AdapterHost(Weighted):
         """An adapter's tensors that go to the file, by their key below this module."""
         raise NotImplementedError
 
+    def pack(self, name: str) -> dict[str, Tensor]:
+        """An adapter's tensors as they go to the file."""
+        return self.state(name)
+
+    def unpack(self, name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors for an adapter here, by key, as they are held."""
+        return given
+
     def assign(self, name: str, key: str, value: Tensor) -> None:
         """Put a tensor of the file into its place, in the place's dtype and on the layer's device."""
         raise NotImplementedError
@@ -136,8 +145,39 @@ class AdapterHost(Weighted):
 
     def get_base_layer(self) -> nn.Module:
         """The innermost module stood in for."""
-        inner = self.base
-        return inner.get_base_layer() if isinstance(inner, AdapterHost) else inner
+        return bare(self)
+
+
+class Shell(nn.Module):
+    """A wrapper that only gives its adapted layer a name of its own in the keys: `embed_tokens.token_adapter`."""
+
+    def __init__(self, name: str, layer: AdapterHost) -> None:
+        super().__init__()
+        self.inner_name = name
+        self.add_module(name, layer)
+
+    @property
+    def inner(self) -> AdapterHost:
+        return cast(AdapterHost, self._modules[self.inner_name])
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules") or {}
+            if not modules:
+                raise
+            return getattr(next(iter(modules.values())), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """The model's own module, below every wrapper that stands in for it."""
+    while isinstance(module, (AdapterHost, Shell)):
+        module = module.inner if isinstance(module, Shell) else module.base
+    return module
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Putting an adapter into a model: planned first, applied after, so that all of it happens or none.
 
-`plan` looks and raises; `Plan.build` makes and fills the tensors apart from the model; `Plan.apply` puts wrappers in
-place; `Plan.undo` takes out what `apply` put in.
+`planning.plan` looks and raises; `Plan.build` makes and fills the tensors apart from the model; `Plan.apply` puts
+wrappers in place; `Plan.undo` takes out what `apply` put in.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..errors import NoMatchingPeftModuleError, PatternWarning, UnsupportedLayerError, listing, nearest, warn
-from ..registry import Entry, lookup
-from ..weights.site import Attention, Parameter, Site, site_of
-from .host import AdapterHost, commons
+from ..registry import Entry
+from ..weights.site import Parameter, Site
+from .block import AdaptedBlock, started
+from .host import AdapterHost, Shell, commons
 from .layer import AdaptedLayer, Branch, relink
-from .method import Method, Replace, Spec, View
+from .method import Block, Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
-from .target import Place, by_pattern, matches, resolve, targets, walk
+from .target import Place
 from .tensors import Common, as_held, attribute
 
 
@@ -33,10 +33,15 @@ class Item:
     site: Site | None
     branch: Branch | None
     replace: type[Replace] | None = None
+    block: Block | None = None
+    tensors: tuple[dict[str, Spec], dict[str, Tensor]] = ({}, {})
     parameter: str | None = None
     copy: nn.Module | None = None
+    shell: str | None = None
+    """What the adapted layer is called inside a wrapper of its own; None where it takes the place itself."""
     host: AdapterHost | None = None
-    made: bool = False
+    made: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """Where a new host was put: everywhere that its module stood."""
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Plan:
     root: nn.Module
     items: list[Item] = field(default_factory=list)
     commons: dict[str, tuple[Spec, Tensor]] = field(default_factory=dict)
+    _homes: dict[int, list[tuple[nn.Module, str]]] | None = None
 
     def build(self, meta: bool = False, widen: bool = True, init: bool = True) -> Plan:
         """Make the tensors, on the layers' devices or on meta, and start them.
@@ -58,11 +64,14 @@ class Plan:
         without it only methods that derive something at load run theirs.
         """
         self._build_commons(meta and not init, widen)
+        memo: dict[int, Tensor] = {}
         for item in self.items:
             if item.branch is not None and item.site is not None:
                 build(item.branch, item.site, meta, widen, init)
+            elif item.block is not None:
+                item.tensors = started(item.block, item.place.bare, self.config, meta)
             else:
-                item.copy = _copied(item.place.bare, meta)
+                item.copy = _copied(item.place.bare, meta, memo if self.config.ensure_weight_tying else {})
         return self
 
     def _build_commons(self, meta: bool, widen: bool) -> None:
@@ -118,13 +127,36 @@ class Plan:
         if host is None:
             host = _make_host(standing, item)
             _inherit(host, standing)
-            setattr(item.place.parent, item.place.child, host)
-            item.made = True
+            outer = host if item.shell is None else Shell(item.shell, host).train(standing.training)
+            for parent, child in self._stands(item.place, standing):
+                setattr(parent, child, outer)
+                item.made.append((parent, child))
         item.host = host
         if item.branch is not None and isinstance(host, AdaptedLayer):
             host.attach(self.name, item.branch)
         elif isinstance(host, Replacement):
-            host.attach(self.name, item.copy)
+            host.attach(self.name, item.copy, self._leader(item))
+        elif isinstance(host, AdaptedBlock):
+            host.attach(self.name, *item.tensors)
+
+    def _leader(self, item: Item) -> Replacement | None:
+        """The first host whose copy shares a parameter with this item's."""
+        mine = {id(p) for p in item.copy.parameters()} if item.copy is not None else set()
+        for other in self.items[: self.items.index(item)]:
+            theirs = other.copy.parameters() if other.copy is not None else ()
+            if isinstance(other.host, Replacement) and any(id(p) in mine for p in theirs):
+                return other.host
+        return None
+
+    def _stands(self, place: Place, standing: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Everywhere that a module stands: one that a model uses in two places is adapted in both."""
+        if self._homes is None:
+            self._homes = {}
+            for parent in self.model.modules():
+                for child, module in parent._modules.items():
+                    self._homes.setdefault(id(module), []).append((parent, child))
+        homes = self._homes.get(id(standing), [])
+        return homes if len(homes) > 1 else [(place.parent, place.child)]
 
     def undo(self) -> None:
         """Take out what `apply` put in."""
@@ -133,109 +165,17 @@ class Plan:
         for item in reversed(self.items):
             if item.host is None:
                 continue
-            if item.made:
-                setattr(item.place.parent, item.place.child, item.host.base)
-            elif self.name in item.host.adapters:
+            for parent, child in item.made:
+                setattr(parent, child, item.host.base)
+            if not item.made and self.name in item.host.adapters:
                 item.host.delete_adapter(self.name)
-            item.host, item.made = None, False
+            item.host, item.made = None, []
 
 
-def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None = None) -> Plan:
-    """Work out what an adapter does to a model. Raises where it cannot be done; the model is not touched.
-
-    root: the module that holds what the adapter's layers share; the model itself unless given.
-
-    Raises:
-        NoMatchingPeftModuleError: nothing matches.
-        UnsupportedLayerError: a target is of a kind that the method does not work on.
-        ConfigError: a value does not fit a layer.
-    """
-    entry = lookup(config.peft_type)
-    made = Plan(model, config, entry, name, model if root is None else root)
-    if issubclass(entry.method, Method):
-        entry.method().complete(config, model)
-    found = targets(model, config, resolve(config, entry, model)) if _has_modules(config) else []
-    if issubclass(entry.method, Method) and entry.method.follows_ties:
-        found += _tied_with(model, found)
-    saved = _saved_places(model, config)
-    for place in found:
-        if not any(place.path == s.path or place.path.startswith(f"{s.path}.") for s in saved):
-            made.items += _items(place, config, entry)
-    for path in config.target_parameters or ():
-        made.items += _parameter_items(model, path, config, entry)
-    made.items += [Item(p, None, None, _Saved) for p in saved]
-    _check_patterns(made)
-    return made
-
-
-class _Saved(Replace):
+class Saved(Replace):
     """`modules_to_save`, as a kind of replacement."""
 
     copies, original, on_disk = "modules_to_save", "original_module", False
-
-
-def _tied_with(model: nn.Module, found: list[Place]) -> list[Place]:
-    """The other places whose weight is one of these places'."""
-    weights = {id(p.bare._parameters.get("weight")) for p in found} - {id(None)}
-    known = {id(p.bare) for p in found}
-    return [p for p in walk(model) if id(p.bare) not in known and id(p.bare._parameters.get("weight")) in weights]
-
-
-def _has_modules(config: PeftConfig) -> bool:
-    """Whether a config means modules at all: an empty `target_modules` beside parameters or tokens means none."""
-    names = config.target_modules
-    return not (names is not None and not names and (config.target_parameters or config.trainable_token_indices))
-
-
-def _items(place: Place, config: PeftConfig, entry: Entry) -> list[Item]:
-    if issubclass(entry.method, Replace):
-        return [Item(place, None, None, entry.method)]
-    site = site_of(place.bare)
-    if isinstance(site_of(place.parent), Attention):
-        return []  # read by the attention layer rather than called; it is adapted together with that
-    if site is None or not isinstance(site, entry.sites):
-        if isinstance(config.target_modules, str) and any(True for _ in place.bare.children()):
-            return []  # a regex that also hits containers means what is inside them
-        kinds = ", ".join(s.__name__ for s in entry.sites)
-        raise UnsupportedLayerError(
-            f"{entry.name} cannot adapt {place.path!r}, a {type(place.bare).__name__}; it works on {kinds}. "
-            "Name other target_modules, or leave this one out by exclude_modules."
-        )
-    items = [Item(place, site, _branch(place.path, site, config, entry))]
-    if isinstance(site, Attention):
-        inner = place.bare.get_submodule("out_proj")
-        within = Place(f"{place.path}.out_proj", inner, place.bare, "out_proj")
-        inner_site = site_of(within.bare)
-        assert inner_site is not None
-        items.append(Item(within, inner_site, _branch(within.path, inner_site, config, entry)))
-    return items
-
-
-def _parameter_items(model: nn.Module, wanted: str, config: PeftConfig, entry: Entry) -> list[Item]:
-    if Parameter not in entry.sites:
-        raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={wanted!r}).")
-    items, seen = [], []
-    for place in walk(model):
-        for parameter in place.bare._parameters:
-            path = f"{place.path}.{parameter}"
-            seen.append(path)
-            if matches(path, [wanted]) and not matches(path, config.exclude_modules):
-                site = Parameter(place.module, parameter)
-                items.append(Item(place, site, _branch(path, site, config, entry), parameter=parameter))
-    if not items:
-        ends = {p.rpartition(".")[2] for p in seen}
-        hint = nearest(wanted.rpartition(".")[2], ends)
-        raise NoMatchingPeftModuleError(
-            f"target_parameters has {wanted!r}, which is no parameter of the model{hint or '.'}"
-        )
-    return items
-
-
-def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
-    method: Method = entry.method().pick(site, config, path)
-    settings = method.settings(site, config, path)
-    view = View(config, site, torch.float32, {**settings, "key": path})
-    return Branch(method, config, path, settings, method.params(site, view))
 
 
 def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> None:
@@ -274,10 +214,12 @@ def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:
     return View(branch.config, site, dtype, values)
 
 
-def _copied(module: nn.Module, meta: bool) -> nn.Module:
-    if not meta:
-        return copy.deepcopy(module)
-    memo = {id(t): _on_meta(t) for t in [*module.parameters(), *module.buffers()]}
+def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Module:
+    """A trainable copy of a module; `tensors` are the copies made so far, which tied modules share."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if id(tensor) not in tensors:
+            tensors[id(tensor)] = _on_meta(tensor) if meta else copy.deepcopy(tensor)
+    memo: dict[int, object] = dict(tensors)
     return copy.deepcopy(module, memo)
 
 
@@ -288,8 +230,12 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 def _find_host(standing: nn.Module, item: Item) -> AdapterHost | None:
     """The wrapper already here that this item goes into."""
+    if item.shell is not None:
+        return standing.inner if isinstance(standing, Shell) else None
     while isinstance(standing, AdapterHost):
         if item.replace is not None and isinstance(standing, Replacement):
+            return standing
+        if item.block is not None and isinstance(standing, AdaptedBlock):
             return standing
         if item.branch is not None and isinstance(standing, AdaptedLayer):
             named = standing.site.name if isinstance(standing.site, Parameter) else None
@@ -300,8 +246,10 @@ def _find_host(standing: nn.Module, item: Item) -> AdapterHost | None:
 
 
 def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
-    if item.replace is _Saved:
+    if item.replace is Saved:
         return ModulesToSave(standing)
+    if item.block is not None:
+        return AdaptedBlock(standing, item.block)
     if item.replace is not None:
         return Replacement(standing, item.replace.original, item.replace.copies, item.replace.on_disk)
     assert item.site is not None
@@ -313,27 +261,3 @@ def _inherit(host: AdapterHost, standing: nn.Module) -> None:
     host.train(standing.training)
     if isinstance(standing, AdapterHost):
         host.set_disabled(standing.disable_adapters)
-
-
-def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
-    wanted = config.modules_to_save
-    if not wanted:
-        return []
-    places = [p for p in walk(model) if matches(p.path, list(wanted))]
-    for name in wanted:
-        if not any(matches(p.path, [name]) for p in places):
-            ends = {p.path.rpartition(".")[2] for p in walk(model)}
-            raise NoMatchingPeftModuleError(
-                f"modules_to_save has {name!r}, which is no module of the model{nearest(name, ends) or '.'}"
-            )
-    inside = {p.path for p in places}
-    return [p for p in places if not any(p.path.startswith(f"{other}.") for other in inside)]
-
-
-def _check_patterns(made: Plan) -> None:
-    paths = [i.branch.key for i in made.items if i.branch is not None]
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(made.config, name, None) or {}
-        idle = [k for k in patterns if not any(by_pattern({k: True}, p, False) for p in paths)]
-        if idle:
-            warn(PatternWarning, f"{name} has {listing(map(repr, idle))}, which match none of the adapted layers.")

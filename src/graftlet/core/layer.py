@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.site import Site
-from .context import BASE, Call, current
+from .context import BASE, Call, current, using
 from .host import AdapterHost, hosts
 from .method import Method, Spec, Stage, View, Weights
-from .tensors import Box, Common, Leaf, as_held, attribute, split
+from .replace import Replacement
+from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, split
 
 
 @dataclass
@@ -60,8 +61,15 @@ class Base:
             self._weights = widened(*(self.layer.original() if self.pure else self.layer.site.read()))
         return self._weights
 
+    @property
+    def pristine(self) -> bool:
+        return self.pure or not self.layer.merged
+
+    def bias(self) -> Tensor | None:
+        return self.layer.original()[1] if self.pure else self.layer.site.read_bias()
+
     def origin(self) -> Weights:
-        return self.weight() if self.pure or not self.layer.merged else widened(*self.layer.original())
+        return self.weight() if self.pristine else widened(*self.layer.original())
 
 
 class Rows(Base):
@@ -93,6 +101,11 @@ class Adapted:
         dtype = self.before.weight()[0].dtype
         return self.layer.methods[self.name].adapted(self.layer.view(self.name, dtype), self.before)
 
+    pristine = False
+
+    def bias(self) -> Tensor | None:
+        return self.weight()[1]
+
     def origin(self) -> Weights:
         return self.before.origin()
 
@@ -119,8 +132,10 @@ class AdaptedLayer(AdapterHost):
         self.keys: dict[str, str] = {}
         self.specs: dict[str, dict[str, Spec]] = {}
         self.settings: dict[str, list[str]] = {}
+        self._reads: dict[str, list[tuple[str, str, str | None, Spec]]] = {}
         self.commons: dict[str, dict[str, Common]] = {}
         self._saved: tuple[Any, Any] | None = None
+        self._leaders: dict[str, list[AdaptedLayer]] = {}
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
 
     def __getattr__(self, name: str) -> Any:
@@ -163,6 +178,7 @@ class AdaptedLayer(AdapterHost):
                 self.__dict__.setdefault(key, {})[name] = value
         self.methods[name], self.configs[name], self.keys[name] = branch.method, branch.config, branch.key
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
+        self._reads[name] = [(attribute(n), *split(n), spec) for n, spec in branch.specs.items()]
         self._learning.add(name)
 
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
@@ -173,11 +189,15 @@ class AdaptedLayer(AdapterHost):
             return
         if adapter not in self._box(box):
             self._box(box).put(adapter, Leaf())
-        leaf = self._box(box)[adapter]
-        if isinstance(tensor, nn.Parameter):
-            leaf.register_parameter(entry, tensor)
-        else:
-            leaf.register_buffer(entry, tensor, persistent=spec.persistent)
+        self._box(box)[adapter].put(entry, tensor, spec.persistent)
+
+    def mirror(self, adapter: str, tensor_name: str, source: AdaptedLayer, source_name: str) -> None:
+        """Let an adapter's tensor be the transpose of another layer's from now on."""
+        self._box(split(tensor_name)[0]).put(adapter, Mirror(source, adapter, source_name))
+        self._leaders[adapter] = [source]
+        for setting in self.settings[adapter]:
+            if setting in self.__dict__:
+                self.__dict__[setting][adapter] = source.__dict__[setting][adapter]
 
     def _box(self, name: str) -> Box:
         if name not in self._modules:
@@ -189,7 +209,7 @@ class AdaptedLayer(AdapterHost):
             self._drop(split(tensor_name)[0], name)
         for key in self.settings.pop(name):
             self._drop(key, name)
-        for held in (self.methods, self.configs, self.keys, self.commons):
+        for held in (self.methods, self.configs, self.keys, self.commons, self._reads, self._leaders):
             held.pop(name, None)
         self._learning.discard(name)
 
@@ -209,17 +229,19 @@ class AdaptedLayer(AdapterHost):
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""
         values: dict[str, Any] = {"key": self.keys[name], "training": self.training}
+        boxes: dict[str, Any] = self._modules
         for key in self.settings[name]:
-            values[key] = (self.__dict__[key] if key in self.__dict__ else self._modules[key])[name]
+            values[key] = (self.__dict__[key] if key in self.__dict__ else boxes[key])[name]
         kept = torch.float32
-        for tensor_name, spec in self.specs[name].items():
-            tensor = self.tensor(name, tensor_name)
+        for called, box, entry, spec in self._reads[name]:
+            held = boxes[box][name]
+            tensor = held if entry is None else held[entry]
             if tensor.is_floating_point():
                 kept = tensor.dtype if spec.dtype is None else kept
                 tensor = tensor if dtype is None else tensor.to(dtype)
-            values[attribute(tensor_name)] = tensor
-        for common_name, box in self.commons.get(name, {}).items():
-            values[common_name] = box[name] if dtype is None else box[name].to(dtype)
+            values[called] = tensor
+        for called, common in self.commons.get(name, {}).items():
+            values[called] = common[name] if dtype is None else common[name].to(dtype)
         return View(self.configs[name], self.site, dtype or kept, values)
 
     def check_together(self, names: list[str]) -> None:
@@ -229,11 +251,17 @@ class AdaptedLayer(AdapterHost):
             self.methods[name].join(own, [other for other in views.values() if other is not own])
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
-        specs = {n: s for n, s in self.specs[name].items() if s.trainable}
-        return {s.disk or n: cast(nn.Parameter, self.tensor(name, n)) for n, s in specs.items()}
+        held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
+        return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, name: str) -> dict[str, Tensor]:
         return {s.disk or n: self.tensor(name, n) for n, s in self.specs.get(name, {}).items() if s.saved}
+
+    def pack(self, name: str) -> dict[str, Tensor]:
+        return self.methods[name].pack(self.view(name), self.state(name)) if name in self.methods else {}
+
+    def unpack(self, name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.methods[name].unpack(self.view(name), given) if name in self.methods else given
 
     def assign(self, name: str, key: str, value: Tensor) -> None:
         for tensor_name, spec in self.specs[name].items():
@@ -258,7 +286,9 @@ class AdaptedLayer(AdapterHost):
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
-        if self.site.opaque and (names or base.pure):
+        if self.site.opaque:
+            if not names and not base.pure:
+                return self.base_layer(x, *args, **kwargs)
             W, b = stage.weight()
             kept = self.site.weight.dtype
             return self.site.op(x, W.to(kept), b if b is None else b.to(kept), *args, **kwargs)
@@ -285,12 +315,16 @@ class AdaptedLayer(AdapterHost):
                 raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
             names = [name] if name != BASE and name in self.methods else []
             rows = self.site.select(x, index)
-            parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
+            with using(Call(alone=name)):
+                parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""
-        W, b = self._stages(self.acting(), Base(self)).weight()
+        call = current()
+        alone = call.alone if call is not None else None
+        names = self.acting() if alone is None else [alone] if alone in self.methods else []
+        W, b = self._stages(names, Base(self, pure=self._disabled or alone is not None)).weight()
         kept = self.site.weight.dtype
         return self.site.kept(W).to(kept), None if b is None else b.to(kept)
 
@@ -303,7 +337,17 @@ class AdaptedLayer(AdapterHost):
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> Weights:
         """Weight and bias with these adapters on the original ones, in at least single precision."""
+        if (leader := self._leader(names)) is not None:
+            W, _ = leader.merged_weight(names)  # the very bits, so that the weights can be shared again
+            return self.site.canonical(leader.site.kept(W)), self.original()[1]
         return self._stages(names, Base(self, pure=True)).weight()
+
+    def _leader(self, names: list[str]) -> AdaptedLayer | None:
+        """The layer that shares this one's weight and holds all of these adapters; None where there is none."""
+        leaders = [self._leaders.get(n, [None])[0] for n in names]
+        if any(leader is not leaders[0] for leader in leaders):
+            return None
+        return None if any(self.trainable(n) for n in names) else leaders[0]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
@@ -345,6 +389,11 @@ class AdaptedLayer(AdapterHost):
 
 def relink(model: nn.Module, adapter: str) -> None:
     """Share again what an adapter's layers share, after its tensors were loaded one by one."""
-    layers = {h.keys[adapter]: h for _, h in hosts(model) if isinstance(h, AdaptedLayer) and adapter in h.methods}
-    for method in {type(h.methods[adapter]): h.methods[adapter] for h in layers.values()}.values():
-        method.link(layers, adapter)
+    found = list(hosts(model))
+    layers = {h.keys[adapter]: h for _, h in found if isinstance(h, AdaptedLayer) and adapter in h.methods}
+    for kind in dict.fromkeys(type(h.methods[adapter]) for h in layers.values()):
+        own = {key: h for key, h in layers.items() if type(h.methods[adapter]) is kind}
+        next(iter(own.values())).methods[adapter].link(own, adapter)
+    for _, host in found:
+        if isinstance(host, Replacement):
+            host.relink(adapter)

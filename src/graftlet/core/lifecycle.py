@@ -8,40 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, listing, warn
-from .host import AdapterHost, check_known, commons, hosts
+from .host import AdapterHost, bare, check_known, commons, hosts
 from .layer import AdaptedLayer
 from .tensors import Common
-
-
-class Shell(nn.Module):
-    """A wrapper that only gives its adapted layer a name of its own in the keys: `embed_tokens.token_adapter`."""
-
-    def __init__(self, name: str, layer: AdapterHost) -> None:
-        super().__init__()
-        self.inner_name = name
-        self.add_module(name, layer)
-
-    @property
-    def inner(self) -> AdapterHost:
-        return cast(AdapterHost, self._modules[self.inner_name])
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            modules = self.__dict__.get("_modules") or {}
-            if not modules:
-                raise
-            return getattr(next(iter(modules.values())), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
+from .ties import tied
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -126,7 +102,7 @@ def merge(
         warn(MergeWarning, f"nothing to merge: {listing(merged) or 'no adapter'} is merged already.", stacklevel=4)
         return
     before = [(host, list(host.merged_adapters)) for host in found]
-    shared = {id(getattr(m, n)) for group in tied(model) for m, n in group}
+    shared = {id(group.parameter) for group in tied(model)}
     try:
         for host in progress(found):
             if host.to_merge(adapter_names):
@@ -155,43 +131,14 @@ def unmerge(model: nn.Module) -> None:
             host.unmerge()
 
 
-def tied(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
-    """The groups of places, as (module, attribute), that share one parameter of the base model."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                places.setdefault(id(parameter), []).append((module, name))
-    return [group for group in places.values() if len(group) > 1]
-
-
-def retie(groups: list[list[tuple[nn.Module, str]]]) -> bool:
-    """Share again the weights of each group that are still equal; returns whether all of them were."""
-    whole = True
-    for group in groups:
-        first = getattr(*group[0])
-        for module, name in group[1:]:
-            if getattr(module, name).equal(first):
-                setattr(module, name, first)
-            else:
-                whole = False
-    return whole
-
-
 def unload(model: nn.Module) -> None:
     """Take every wrapper out. What is merged stays in the weights; a merged replacement is the module from now on."""
     for name, child in list(model.named_children()):
         if isinstance(child, Common):
             delattr(model, name)
             continue
-        setattr(model, name, _bare(child))
+        setattr(model, name, bare(child))
         unload(getattr(model, name))
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    while isinstance(module, (AdapterHost, Shell)):
-        module = module.inner if isinstance(module, Shell) else module.base
-    return module
 
 
 def mark_trainable(model: nn.Module, configs: dict[str, PeftConfig]) -> None:

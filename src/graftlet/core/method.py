@@ -11,7 +11,7 @@ Methods keep no state: everything of one adapter on one layer is in the view `p`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -88,12 +88,19 @@ class Holder(Protocol):
     def view(self, name: str) -> View: ...
     def tensor(self, adapter: str, tensor_name: str) -> Tensor: ...
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None: ...
+    def mirror(self, adapter: str, tensor_name: str, source: Any, source_name: str) -> None: ...
 
 
 class Stage(Protocol):
-    """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter."""
+    """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter.
 
+    pristine: no adapter acts in it, so that both are the same. bias: the weight's bias alone, as cheap as can be had.
+    """
+
+    @property
+    def pristine(self) -> bool: ...
     def __call__(self, x: Tensor) -> Tensor: ...
+    def bias(self) -> Tensor | None: ...
     def weight(self) -> Weights: ...
     def origin(self) -> Weights: ...
 
@@ -154,9 +161,7 @@ class Method:
     def join(self, p: View, others: list[View]) -> None:
         """Raise where an adapter cannot act together with these others on its layer."""
         if others and self.law == "one":
-            raise ConfigError(
-                f"{type(self).__name__} on {p.key!r} cannot act beside other adapters; activate one only."
-            )
+            raise ConfigError(f"{type(self).__name__} on {p.key!r} cannot act beside other adapters; activate one.")
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         """The shape of a tensor that serves a stack of experts."""
@@ -165,6 +170,16 @@ class Method:
     def unstacked(self, name: str, tensor: Tensor, experts: int) -> Tensor:
         """That tensor as `[experts, *shape]`."""
         return tensor
+
+    # its file
+
+    def pack(self, p: View, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What goes to the file of a layer's tensors, by key, where that is not the tensors as they are held."""
+        return tensors
+
+    def unpack(self, p: View, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors of a layer, by key, as the layer holds them; a tensor that says nothing is left out."""
+        return given
 
     # what an adapter does
 
@@ -317,5 +332,46 @@ class Replace:
     """Whether the copies' name stands in the file's keys; the base model's own keys are used otherwise."""
 
 
-Initialiser = Callable[["View"], "Tensor | None"]
-"""A way to start an adapter: fills `p`'s tensors, may return a new base weight."""
+class Block:
+    """A call around a whole block, such as an attention layer. A subclass gives `params`, `init` and `call`."""
+
+    law: ClassVar[str] = "one"
+    unmergeable: ClassVar[str | None] = "it changes no weight"
+    exact_start: ClassVar[bool] = True
+
+    def choose(self, paths: list[str], config: PeftConfig) -> list[str]:
+        """Of the blocks that the targets match, in order, those to adapt."""
+        return paths
+
+    def params(self, block: nn.Module, config: PeftConfig) -> dict[str, Spec]:
+        """An adapter's tensors on a block. Raises `UnsupportedLayerError` for a block that is not known."""
+        raise NotImplementedError
+
+    def init(self, tensors: dict[str, Tensor]) -> None:
+        """Fill the tensors in place."""
+        raise NotImplementedError
+
+    def call(self, p: dict[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The adapted block's output."""
+        raise NotImplementedError
+
+
+class Prompt(nn.Module):
+    """What a prompt method puts before the input's embeddings. A subclass makes `embedding`, and may override `rows`.
+
+    Args:
+        config: with its sizes filled in. words: the model's input embedding. loading: the rows come from a file, so
+            nothing needs to be started and only `embedding` is needed, in the shape that the file has.
+    """
+
+    law: ClassVar[str] = "one"
+    unmergeable: ClassVar[str | None] = "it changes no weight"
+    embedding: nn.Embedding
+
+    def rows(self) -> Tensor:
+        """The prompt, `[tokens, dim]`: what goes before every row of a batch, and into the file."""
+        return self.embedding.weight
+
+
+class Cache(Prompt):
+    """Keys and values that a prompt method puts into the cache: `rows` is `[tokens, layers * 2 * heads * size]`."""

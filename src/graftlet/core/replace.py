@@ -26,8 +26,8 @@ class Replacement(AdapterHost):
         super().__init__()
         self.names = (original, copies)
         self.on_disk = on_disk
-        self.add_module(original, module)
-        self.add_module(copies, Box())
+        self._modules[original], self._modules[copies] = module, Box()  # whatever attributes the module has itself
+        self._leaders: dict[str, list[Replacement]] = {}
         self._frozen: list[nn.Module] = []  # the original while a copy is merged; no submodule meanwhile
 
     def __getattr__(self, name: str) -> Any:
@@ -53,14 +53,28 @@ class Replacement(AdapterHost):
     def adapters(self) -> list[str]:
         return self.copies.keys()
 
-    def attach(self, name: str, module: nn.Module | None = None) -> None:
-        """Give an adapter its own copy of the original (or `module`, made ready elsewhere)."""
+    def attach(self, name: str, module: nn.Module | None = None, leader: Replacement | None = None) -> None:
+        """Give an adapter its own copy of the original (or `module`, made ready elsewhere).
+
+        leader: the wrapper that holds what this one's copy shares with it.
+        """
         self.copies.put(name, copy.deepcopy(self.base) if module is None else module)
         self._learning.add(name)
+        if leader is not None:
+            self._leaders[name] = [leader]
+
+    def relink(self, name: str) -> None:
+        """Share again with the leader's copy, after its tensors were loaded one by one."""
+        if name in self._leaders and name in self.copies:
+            mine, theirs = self.copies[name], self._leaders[name][0].copies[name]
+            for key, parameter in theirs.named_parameters(recurse=False):
+                if getattr(mine, key, None) is not None:
+                    setattr(mine, key, parameter)
 
     def forget(self, name: str) -> None:
         self.copies.drop(name)
         self._learning.discard(name)
+        self._leaders.pop(name, None)
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         if name not in self.copies:
@@ -103,10 +117,12 @@ class Replacement(AdapterHost):
             raise CallError(
                 f"adapter_names has {len(rows)} rows, which cannot be told apart in {type(self.base).__name__}."
             )
-        parts = []
+        parts, base = [], self._frozen[0] if self._frozen else self.base
         for name, index in groups:
-            module = self.copies[name] if name in self.copies else self.base  # noqa: SIM401  a Box is no dict
+            module = self.copies[name] if name in self.copies else base  # noqa: SIM401  a Box is no dict
             parts.append(module(*[a.index_select(0, index) if _batched(a, count) else a for a in args], **kwargs))
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise CallError(f"a {type(base).__name__} gives more than one tensor; its rows cannot be mixed.")
         return torch.cat(parts).index_select(0, torch.cat([index for _, index in groups]).argsort())
 
     def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:

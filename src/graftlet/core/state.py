@@ -7,7 +7,7 @@ made by cutting text out of another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
-from .host import AdapterHost, commons, hosts
+from .host import AdapterHost, Shell, commons, hosts
 from .lifecycle import biases
 from .tensors import Common
 
@@ -52,7 +52,7 @@ class Fit:
 def slots(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> dict[str, Slot]:
     """All that an adapter's file holds, by key."""
     found: dict[str, Slot] = {}
-    for path, host in hosts(model):
+    for path, host in _saved_hosts(model, adapter):
         for key, tensor in host.state(adapter).items():
             found[f"{path}.{key}"] = Slot(tensor, host, key)
     for path, box in commons(model):
@@ -63,9 +63,50 @@ def slots(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> d
     return found
 
 
+def _saved_hosts(model: nn.Module, adapter: str) -> Iterator[tuple[str, AdapterHost]]:
+    """The wrappers that stand in an adapter's file: rows of tokens that several layers share stand there once."""
+    inner = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
+    seen: set[int] = set()
+    for path, host in hosts(model):
+        tensors = {id(t) for t in host.state(adapter).values()}
+        if tensors and not (id(host) in inner and tensors <= seen):
+            yield path, host
+        seen |= tensors
+
+
 def collect(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> dict[str, Tensor]:
     """An adapter's tensors by their key in the file."""
-    return {key: slot.tensor for key, slot in slots(model, adapter, config).items()}
+    found: dict[str, Tensor] = {}
+    for path, host in _saved_hosts(model, adapter):
+        found.update({f"{path}.{key}": tensor for key, tensor in host.pack(adapter).items()})
+    others = {
+        key: slot for key, slot in slots(model, adapter, config).items() if not isinstance(slot.host, AdapterHost)
+    }
+    return {**found, **{key: slot.tensor for key, slot in others.items()}}
+
+
+def unpacked(model: nn.Module, adapter: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors as the layers hold them."""
+    by_path: dict[str, dict[str, Tensor]] = {}
+    paths = {path for path, host in hosts(model) if adapter in host.adapters}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in given.items():
+        path = _owner(key, paths)
+        (rest if path is None else by_path.setdefault(path, {}))[key if path is None else key[len(path) + 1 :]] = tensor
+    for path, host in hosts(model):
+        if path in by_path:
+            held = host.unpack(adapter, by_path[path])
+            rest.update({f"{path}.{key}": tensor for key, tensor in held.items()})
+    return rest
+
+
+def _owner(key: str, paths: set[str]) -> str | None:
+    """The longest path that a key stands below."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        if key in paths:
+            return key
+    return None
 
 
 def fit(wanted: Mapping[str, Slot], given: Mapping[str, Tensor]) -> Fit:

@@ -19,7 +19,7 @@ from ..config import Names, PeftConfig, TaskType
 from ..errors import ConfigError, NoMatchingPeftModuleError, listing, nearest
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
-from .host import AdapterHost
+from .host import bare
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")
@@ -38,7 +38,7 @@ class Place:
     @property
     def bare(self) -> nn.Module:
         """The model's own module here, below any wrapper."""
-        return self.module.get_base_layer() if isinstance(self.module, AdapterHost) else self.module
+        return bare(self.module)
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[Place]:
@@ -46,11 +46,7 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[Place]:
     for child, module in model.named_children():
         path = f"{prefix}.{child}" if prefix else child
         yield Place(path, module, model, child)
-        yield from walk(_through(module), path)
-
-
-def _through(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, AdapterHost) else module
+        yield from walk(bare(module), path)
 
 
 def matches(path: str, names: Names | None) -> bool:

@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +44,14 @@ class Box(nn.Module):
 
     def values(self) -> list[Any]:
         return [self[name] for name in self]
+
+    def train(self, mode: bool = True) -> Box:
+        """As for any module, but for an adapter that is called `training`."""
+        self.__dict__["training"] = mode
+        for module in self._modules.values():
+            if module is not None:
+                module.train(mode)
+        return self
 
     def put(self, name: str, value: Tensor | nn.Module, persistent: bool = True) -> None:
         """Hold a parameter, a module, or a tensor as a buffer under `name`."""
@@ -96,17 +103,66 @@ class Common(Box):
 
 
 class Leaf(nn.Module):
-    """A module of its own for one tensor, as `lora_A.default` is: callable as the linear map it would be."""
+    """A module of its own for one tensor, as `lora_A.default` is: callable as the linear map it would be.
+
+    An entry `0.weight` is the weight of a leaf `0` within.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def __getitem__(self, entry: str) -> Tensor:
+        inner, _, rest = entry.partition(".")
+        if rest:
+            return self._modules[inner][rest]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
         held = self._parameters.get(entry)
         return self._buffers[entry] if held is None else held  # pyright: ignore[reportReturnType]
 
+    def put(self, entry: str, tensor: Tensor, persistent: bool) -> None:
+        """Hold a parameter, or a tensor as a buffer."""
+        inner, _, rest = entry.partition(".")
+        if rest:
+            if inner not in self._modules:
+                self.add_module(inner, Leaf())
+            cast(Leaf, self._modules[inner]).put(rest, tensor, persistent)
+        elif isinstance(tensor, nn.Parameter):
+            self.register_parameter(entry, tensor)
+        else:
+            self.register_buffer(entry, tensor, persistent=persistent)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self._parameters.get("bias"))
+
+
+class Mirror(Leaf):
+    """A leaf whose weight is another layer's tensor, transposed: it has a key of its own, but no memory.
+
+    An output head that shares an embedding's weight is adapted by the embedding's factors, the other way round.
+    """
+
+    def __init__(self, source: Holder, adapter: str, tensor_name: str) -> None:
+        super().__init__()
+        self.source = [source]  # in a list: no submodule
+        self.adapter, self.tensor_name = adapter, tensor_name
+
+    def __getattr__(self, name: str) -> Any:
+        return self["weight"] if name == "weight" else super().__getattr__(name)
+
+    def __getitem__(self, entry: str) -> Tensor:
+        return self.source[0].tensor(self.adapter, self.tensor_name).T
+
+    def put(self, entry: str, tensor: Tensor, persistent: bool) -> None:
+        """Give the tensor to the layer that holds it."""
+        held = self.source[0].tensor(self.adapter, self.tensor_name)
+        made = nn.Parameter(tensor.detach().T.contiguous(), held.requires_grad)
+        self.source[0].put(self.adapter, self.tensor_name, made, Spec(tuple(made.shape)))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self["weight"] if keep_vars else self["weight"].detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, meta: Any, strict: bool, *lists: list[str]) -> None:
+        if f"{prefix}weight" not in state_dict:
+            lists[0].append(f"{prefix}weight")  # what is there, the other layer loads
 
 
 def share(source: Holder, layer: Holder, adapter: str, tensor_name: str) -> None:
@@ -116,14 +172,12 @@ def share(source: Holder, layer: Holder, adapter: str, tensor_name: str) -> None
         layer.put(adapter, tensor_name, tensor, Spec(tuple(tensor.shape)))
 
 
-@functools.cache
 def split(name: str) -> tuple[str, str | None]:
     """`lora_A.weight` is entry `weight` of a leaf in box `lora_A`; `hra_u` stands in its box itself."""
     box, _, entry = name.partition(".")
     return box, entry or None
 
 
-@functools.cache
 def attribute(name: str) -> str:
     """How a view calls a tensor: `lora_A.weight` is `p.lora_A`, `lora_B.bias` is `p.lora_B_bias`."""
     return name.removesuffix(".weight").replace(".", "_")

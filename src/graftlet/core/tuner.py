@@ -9,9 +9,10 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
-from . import lifecycle
+from . import lifecycle, ties
 from .host import check_name, hosts
-from .inject import Plan, plan
+from .inject import Plan
+from .planning import plan
 
 
 class BaseTuner(nn.Module):
@@ -119,10 +120,10 @@ class BaseTuner(nn.Module):
 
         Raises `MergeError`, the model as it was, where an adapter cannot be merged.
         """
-        groups = lifecycle.tied(self.model)
+        groups = ties.tied(self.model)
         lifecycle.merge(self.model, safe_merge, adapter_names, _progress if progressbar else iter)
         model = self.unload()
-        if not lifecycle.retie(groups):
+        if not ties.retie(model, groups):
             _untie(model)
         return model
 

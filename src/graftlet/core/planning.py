@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Working out what an adapter does to a model: which places it takes, and with which tensors. Nothing is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig
+from ..errors import (
+    ConfigError,
+    NoMatchingPeftModuleError,
+    PatternWarning,
+    UnsupportedLayerError,
+    listing,
+    nearest,
+    warn,
+)
+from ..registry import Entry, lookup
+from ..weights.site import Attention, Embedding, Parameter, Site, site_of
+from . import ties
+from .host import AdapterHost, Shell, bare
+from .inject import Item, Plan, Saved
+from .layer import Branch
+from .method import Block, Method, Replace, View
+from .target import HEADS, Place, by_pattern, matches, resolve, targets, walk
+
+
+def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None = None) -> Plan:
+    """Work out what an adapter does to a model. Raises where it cannot be done; the model is not touched.
+
+    root: the module that holds what the adapter's layers share; the model itself unless given.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing matches.
+        UnsupportedLayerError: a target is of a kind that the method does not work on.
+        ConfigError: a value does not fit a layer.
+    """
+    entry = lookup(config.peft_type)
+    made = Plan(model, config, entry, name, model if root is None else root)
+    if issubclass(entry.method, Method):
+        entry.method().complete(config, model)
+    found = _found(model, config, entry) if _has_modules(config) else []
+    together = config.ensure_weight_tying or (issubclass(entry.method, Method) and entry.method.follows_ties)
+    if together:
+        found += ties.partners(model, found)
+    saved = _saved_places(model, config)
+    found = [p for p in found if not any(p.path == s.path or p.path.startswith(f"{s.path}.") for s in saved)]
+    for place in found:
+        made.items += _items(place, config, entry)
+    for path in config.target_parameters or ():
+        made.items += _parameter_items(model, path, config, entry)
+    made.items += [Item(p, None, None, Saved) for p in saved]
+    tokens = token_items(model, config, {p.path for p in saved})
+    _check_shells([*made.items, *tokens])
+    made.items += tokens
+    _check_patterns(made)
+    if config.ensure_weight_tying or not together:
+        ties.check(model, [*found, *saved], config.ensure_weight_tying and not tokens)
+    return made
+
+
+def token_items(model: nn.Module, config: PeftConfig, saved: set[str]) -> list[Item]:
+    """`trainable_token_indices`: rows of embeddings that are trained beside whatever else the adapter does.
+
+    What shares an input embedding's weight follows it, unless it is named itself or saved whole.
+    """
+    wanted = config.trainable_token_indices
+    if not wanted:
+        return []
+    entry = lookup("TRAINABLE_TOKENS")
+    named = dict(wanted) if isinstance(wanted, dict) else {_input_embedding(model): wanted}
+    found = {name: _named_place(model, name) for name in named}
+    taken = saved | {p.path for p in found.values()}
+    items = []
+    for name, place in found.items():
+        tokens = entry.config(token_indices=list(named[name]), target_modules=[place.path])
+        follow = ties.partners(model, [place]) if isinstance(site_of(place.bare), Embedding) else []
+        for p in [place, *(f for f in follow if f.path not in taken)]:
+            items += [replace(item, shell="token_adapter") for item in _items(p, tokens, entry)]
+    return items
+
+
+def _input_embedding(model: nn.Module) -> str:
+    ask = getattr(model, "get_input_embeddings", None)
+    standing = ask() if callable(ask) else None
+    path = next((p.path for p in walk(model) if standing is not None and p.bare is bare(standing)), None)
+    if path is None:
+        raise ConfigError(
+            "trainable_token_indices is a list, which means the input embedding, but the model does not say which that "
+            "is; give {name of the embedding: indices}."
+        )
+    return path
+
+
+def _named_place(model: nn.Module, name: str) -> Place:
+    places = list(walk(model))
+    found = [p for p in places if matches(p.path, [name])]
+    if not found:
+        hint = nearest(name, {p.path.rpartition(".")[2] for p in places})
+        raise NoMatchingPeftModuleError(
+            f"trainable_token_indices has {name!r}, which is no module of the model{hint or '.'}"
+        )
+    return found[0]
+
+
+def _check_shells(items: list[Item]) -> None:
+    """Raise where token rows and another adapter would stand on one layer: which acts first would be anyone's guess."""
+    rows = {i.place.path for i in items if i.shell or isinstance(i.place.module, Shell)}
+    rest = {i.place.path for i in items if not i.shell or isinstance(i.place.module, AdapterHost)}
+    if both := sorted(rows & rest):
+        raise ConfigError(
+            f"{listing(both)}: trainable_token_indices and another adaptation of the same layer do not go together; "
+            "leave the layer out of target_modules and modules_to_save, or train it there and give no token indices."
+        )
+
+
+def _found(model: nn.Module, config: PeftConfig, entry: Entry) -> list[Place]:
+    names = resolve(config, entry, model)
+    if not issubclass(entry.method, Block):
+        return targets(model, config, names)
+    if not isinstance(names, str):
+        (config.target_modules,) = names  # one name, which is no regex; the file records it
+    places = targets(model, config, {str(config.target_modules)})
+    chosen = entry.method().choose([p.path for p in places], config)
+    return [p for p in places if p.path in chosen]
+
+
+def plan_saved(model: nn.Module, config: PeftConfig, name: str) -> Plan:
+    """The same for `modules_to_save` alone: what an adapter that is not in the layers does to a model."""
+    made = Plan(model, config, lookup(config.peft_type), name, model)
+    made.items += [Item(p, None, None, Saved) for p in _saved_places(model, config)]
+    return made
+
+
+def _has_modules(config: PeftConfig) -> bool:
+    """Whether a config means modules at all: an empty `target_modules` beside parameters or tokens means none."""
+    names = config.target_modules
+    return not (names is not None and not names and (config.target_parameters or config.trainable_token_indices))
+
+
+def _items(place: Place, config: PeftConfig, entry: Entry) -> list[Item]:
+    if issubclass(entry.method, Replace):
+        return [Item(place, None, None, entry.method)]
+    if issubclass(entry.method, Block):
+        block = entry.method()
+        block.params(place.bare, config)  # raises where the block is not known
+        return [Item(place, None, None, block=block)]
+    site = site_of(place.bare)
+    if isinstance(site_of(place.parent), Attention):
+        return []  # read by the attention layer rather than called; it is adapted together with that
+    if site is None or not isinstance(site, entry.sites):
+        if isinstance(config.target_modules, str) and any(True for _ in place.bare.children()):
+            return []  # a regex that also hits containers means what is inside them
+        kinds = ", ".join(s.__name__ for s in entry.sites)
+        raise UnsupportedLayerError(
+            f"{entry.name} cannot adapt {place.path!r}, a {type(place.bare).__name__}; it works on {kinds}. "
+            "Name other target_modules, or leave this one out by exclude_modules."
+        )
+    items = [Item(place, site, _branch(place.path, site, config, entry))]
+    if isinstance(site, Attention):
+        inner = place.bare.get_submodule("out_proj")
+        within = Place(f"{place.path}.out_proj", inner, place.bare, "out_proj")
+        inner_site = site_of(within.bare)
+        assert inner_site is not None
+        items.append(Item(within, inner_site, _branch(within.path, inner_site, config, entry)))
+    return items
+
+
+def _parameter_items(model: nn.Module, wanted: str, config: PeftConfig, entry: Entry) -> list[Item]:
+    if Parameter not in entry.sites:
+        raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={wanted!r}).")
+    items, seen = [], []
+    for place in walk(model):
+        for parameter in place.bare._parameters:
+            path = f"{place.path}.{parameter}"
+            seen.append(path)
+            if matches(path, [wanted]) and not matches(path, config.exclude_modules):
+                site = Parameter(place.module, parameter)
+                items.append(Item(place, site, _branch(path, site, config, entry), parameter=parameter))
+    if not items:
+        ends = {p.rpartition(".")[2] for p in seen}
+        hint = nearest(wanted.rpartition(".")[2], ends)
+        raise NoMatchingPeftModuleError(
+            f"target_parameters has {wanted!r}, which is no parameter of the model{hint or '.'}"
+        )
+    return items
+
+
+def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
+    method: Method = entry.method().pick(site, config, path)
+    settings = method.settings(site, config, path)
+    view = View(config, site, torch.float32, {**settings, "key": path})
+    return Branch(method, config, path, settings, method.params(site, view))
+
+
+def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
+    wanted = config.modules_to_save
+    if not wanted:
+        return []
+    places = [p for p in walk(model) if matches(p.path, list(wanted))]
+    heads = [name for name in wanted if name in HEADS and any(matches(p.path, [name]) for p in places)]
+    for name in wanted:
+        if heads and name in HEADS:
+            continue  # a task names all that such a head may be called; a model has one of them
+        if not any(matches(p.path, [name]) for p in places):
+            ends = {p.path.rpartition(".")[2] for p in walk(model)}
+            raise NoMatchingPeftModuleError(
+                f"modules_to_save has {name!r}, which is no module of the model{nearest(name, ends) or '.'}"
+            )
+    inside = {p.path for p in places}
+    return [p for p in places if not any(p.path.startswith(f"{other}.") for other in inside)]
+
+
+def _check_patterns(made: Plan) -> None:
+    paths = [i.branch.key for i in made.items if i.branch is not None]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(made.config, name, None) or {}
+        idle = [k for k in patterns if not any(by_pattern({k: True}, p, False) for p in paths)]
+        if idle:
+            warn(PatternWarning, f"{name} has {listing(map(repr, idle))}, which match none of the adapted layers.")

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that several layers of a model share: which they are, who is adapted along with whom, sharing them again.
+
+The usual pair is a model's input embedding and its output head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import TieWarning, listing, warn
+from ..weights.site import Embedding, site_of
+from .target import Place, walk
+from .tensors import Common
+
+
+@dataclass
+class Group:
+    """One parameter of the base model, and the places that use it, as `(path, attribute)`."""
+
+    parameter: nn.Parameter
+    places: list[tuple[str, str]] = field(default_factory=list)
+
+
+def tied(model: nn.Module) -> list[Group]:
+    """The groups of places that share one parameter of the base model, by the model's own paths."""
+    groups: dict[int, Group] = {}
+    seen: set[int] = set()  # a module that stands in two places is one module, and nothing is tied in it
+    for place in walk(model):
+        if id(place.bare) in seen or isinstance(place.bare, Common):
+            continue
+        seen.add(id(place.bare))
+        for name, parameter in place.bare._parameters.items():
+            if parameter is not None:
+                groups.setdefault(id(parameter), Group(parameter)).places.append((place.path, name))
+    return [group for group in groups.values() if len(group.places) > 1]
+
+
+def retie(model: nn.Module, groups: list[Group]) -> bool:
+    """Share again the weights of each group that are still equal; returns whether all of them were.
+
+    `model` has no wrappers any more; `groups` are those of before.
+    """
+    whole = True
+    for group in groups:
+        owners = [(model.get_submodule(path), name) for path, name in group.places]
+        first = getattr(*owners[0])
+        for module, name in owners[1:]:
+            held = getattr(module, name)
+            if held is first:
+                continue
+            if held.shape == first.shape and held.equal(first):
+                setattr(module, name, first)
+            else:
+                whole = False
+    return whole
+
+
+def partners(model: nn.Module, found: Iterable[Place]) -> list[Place]:
+    """The other places whose weight is one of these places'."""
+    found = list(found)
+    weights = {id(p.bare._parameters.get("weight")) for p in found} - {id(None)}
+    known = {id(p.bare) for p in found}
+    return [p for p in walk(model) if id(p.bare) not in known and id(p.bare._parameters.get("weight")) in weights]
+
+
+def check(model: nn.Module, adapted: Iterable[Place], together: bool) -> None:
+    """Warn where a place shares its weight with an embedding or head that is not adapted just as it is.
+
+    together: the config asks for that, so there must be something to do it on.
+    """
+    wanted = {id(p.bare): p for p in adapted}
+    groups = {id(g.parameter): [path for path, _ in g.places] for g in tied(model) if _has_embedding(model, g)}
+    hit = [p for p in wanted.values() if id(p.bare._parameters.get("weight")) in groups]
+    if together and not hit:
+        why = "no adapted layer is one of those that share a weight" if groups else "no layers of the model share one"
+        warn(TieWarning, f"ensure_weight_tying=True, but {why}; it has no effect.", stacklevel=6)
+    if not together and hit:
+        paths = sorted({path for p in hit for path in groups[id(p.bare._parameters["weight"])]})
+        warn(
+            TieWarning,
+            f"{listing(paths)} share one weight, and {listing(p.path for p in hit)} is adapted on its own: they differ "
+            "once it is merged. ensure_weight_tying=True adapts them alike, where the method can.",
+            stacklevel=6,
+        )
+
+
+def _has_embedding(model: nn.Module, group: Group) -> bool:
+    places = {p.path: p for p in walk(model)}
+    return any(isinstance(site_of(places[path].bare), Embedding) for path, _ in group.places)
