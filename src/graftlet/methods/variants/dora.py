@@ -6,29 +6,22 @@ m holds one magnitude an output; the norm is over each output's weights and is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...config import PeftConfig
-from ...core.method import Delta, Holder, Rewrite, Spec, Stage, View, Weights
+from ...core.method import Rewrite, Spec, Stage, View, Weights
 from ...weights.site import Conv, Site
+from . import Wrapper, variant
 
 MAGNITUDE = "lora_magnitude_vector.weight"
 
 
-class DoRA(Rewrite):
+@variant("use_dora")
+class DoRA(Wrapper, Rewrite):
     """The wrapper of any `Delta`."""
 
     law = "chain"
-
-    def __init__(self, inner: Delta) -> None:
-        self.inner = inner
-
-    def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
-        return self.inner.settings(site, config, key)
+    excludes = ("lora_bias",)
 
     def params(self, site: Site, p: View) -> dict[str, Spec]:
         shape = (1, site.features_out, *[1] * len(site.kernel)) if isinstance(site, Conv) else (site.features_out,)
@@ -49,12 +42,6 @@ class DoRA(Rewrite):
     def _stack_delta(self, p: View) -> Tensor:
         zero = torch.zeros(p.site.shape, device=p.site.weight.device)
         return self.inner.apply(p, zero, None)[0]
-
-    def derived(self, config: PeftConfig) -> bool:
-        return self.inner.derived(config)
-
-    def link(self, layers: Mapping[str, Holder], adapter: str) -> None:
-        self.inner.link(layers, adapter)
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         return (experts, *spec.shape) if name == MAGNITUDE else self.inner.stacked(name, spec, experts)
