@@ -13,9 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.host import AdapterHost
+from ..core.host import bare
 from ..core.layer import AdaptedLayer
-from ..core.lifecycle import Shell
 from ..core.state import Slot
 from ..errors import EmbeddingWarning, warn
 
@@ -45,10 +44,10 @@ def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the model's input and output embeddings, by their place in it; a tied one once."""
     found: dict[str, Tensor] = {}
     wanted = [m for m in (_ask(model, "get_input_embeddings"), _ask(model, "get_output_embeddings")) if m is not None]
-    bare = {id(_bare(m)) for m in wanted}
+    inner = {id(bare(m)) for m in wanted}
     wrapped = {id(h.base_layer) for h in model.modules() if isinstance(h, AdaptedLayer)}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if id(module) in bare else None
+        weight = getattr(module, "weight", None) if id(module) in inner else None
         if not isinstance(weight, Tensor):
             continue
         if any(t is weight for t in found.values()) and id(module) not in wrapped:
@@ -102,9 +101,3 @@ def _ask(model: nn.Module, name: str) -> Any:
         return getter() if callable(getter) else None
     except (AttributeError, NotImplementedError, TypeError):
         return None
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    while isinstance(module, (AdapterHost, Shell)):
-        module = module.inner if isinstance(module, Shell) else module.base
-    return module

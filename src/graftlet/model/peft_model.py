@@ -23,7 +23,7 @@ from ..core.host import check_known, check_name
 from ..core.layer import relink
 from ..core.tuner import BaseTuner
 from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
-from . import card, prompting, save, status
+from . import card, prompted, prompting, save, status
 from .parts import transformers_config
 
 
@@ -56,13 +56,13 @@ class PeftModel(nn.Module):
         self._active: list[str] = [adapter_name]
         if peft_config.is_prompt_learning:
             self.base_model = model
-            prompting.attach(self, adapter_name, peft_config)
+            self._prompt_off = False
+            prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
             tuner = BaseTuner(model, {})
             tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
             self.base_model = tuner
-        checkpointing = getattr(model, "is_gradient_checkpointing", False)
-        if checkpointing:
+        if prompted.checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
     def __getattr__(self, name: str) -> Any:
@@ -132,7 +132,7 @@ class PeftModel(nn.Module):
             )
         self._prepare(peft_config)
         if self.tuner is None:
-            prompting.attach(self, adapter_name, peft_config)
+            prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
             self.tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
 
@@ -188,14 +188,14 @@ class PeftModel(nn.Module):
         """
         with self._call(adapter_names, args, kwargs):
             if self.tuner is None:
-                return prompting.call(self, args, kwargs)
+                return prompted.call(self, args, kwargs)
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, adapted. adapter_names: as in a call, one for each prompt."""
         with self._call(adapter_names, args, kwargs):
             if self.tuner is None:
-                return prompting.generate(self, args, kwargs)
+                return prompted.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     @contextmanager
@@ -221,11 +221,11 @@ class PeftModel(nn.Module):
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> Any:
         """What the active prompt method puts before each row: embeddings `[batch, n, dim]`, or a key-value cache."""
-        return prompting.prompt(self, batch_size, task_ids, max_cache_len)
+        return prompted.prompt(self, batch_size)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt as it goes to the file: `[n, dim]`."""
-        return prompting.state(self, adapter_name)["prompt_embeddings"]
+        return prompting.collect(self, adapter_name)[prompting.ROWS].detach()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach the adapters through checkpointed blocks, whose input would otherwise need none."""

@@ -1,73 +1,174 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt methods beside a model: their encoders, what they put into a call, and their files."""
+"""Prompt methods beside a model: their encoders, their state, their files. What they put into a call is in `prompted`.
+
+In memory the encoders stand in `model.prompt_encoder`, and the base's input embedding once more in
+`model.word_embeddings`; in a file there are the prompt's rows alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from ..config import PeftConfig
-    from .peft_model import PeftModel
+from ..config import PeftConfig, PromptLearningConfig, TaskType
+from ..core import lifecycle, state
+from ..core.host import hosts
+from ..core.method import Cache, Prompt
+from ..core.planning import plan_saved
+from ..core.tensors import Box
+from ..errors import ConfigError
+from ..registry import lookup
+from .parts import transformers_config
+from .prompted import cache_name
+
+ROWS = "prompt_embeddings"
+
+SIZES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+"""What the models of transformers call the sizes that a prompt method needs."""
 
 
-def attach(model: PeftModel, name: str, config: PeftConfig) -> None:
-    """Make an adapter's encoder and put it into `model.prompt_encoder`."""
-    raise NotImplementedError
+def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> None:
+    """Make an adapter's encoder (and its copies of `modules_to_save`) beside a model.
+
+    loading: the rows come from a file. Raises `ConfigError` where the model does not say its sizes, or has no cache.
+    """
+    assert isinstance(config, PromptLearningConfig)
+    base, kind = model.base_model, lookup(config.peft_type).method
+    words = _words(base)
+    fill(config, base, words, issubclass(kind, Cache))
+    if issubclass(kind, Cache):
+        cache_name(base)
+    encoder: Prompt = kind(config, words, loading)
+    encoder.to(words.weight.device)
+    if config.modules_to_save:
+        plan_saved(base, config, name).build(meta=loading).apply()
+    if "prompt_encoder" not in model._modules:
+        model.prompt_encoder = Box()
+        model.word_embeddings = words
+    model.prompt_encoder.put(name, encoder)
+    model._prompt_configs[name] = config
+    if len(model._prompt_configs) == 1:
+        for parameter in base.parameters():
+            parameter.requires_grad = False
+        activate(model, name, config.inference_mode)
+    else:
+        activate(model, model.active_adapter, model.active_peft_config.inference_mode)
 
 
-def detach(model: PeftModel, name: str) -> None:
+def _words(base: nn.Module) -> Any:
+    getter = getattr(base, "get_input_embeddings", None)
+    words = getter() if callable(getter) else None
+    if not transformers_config(base) or not isinstance(getattr(words, "weight", None), Tensor):
+        raise ConfigError(
+            f"a prompt method needs a transformers model with a config and input embeddings; {type(base).__name__} is "
+            "none. Use a method that works on layers, such as LoRA."
+        )
+    return words
+
+
+def fill(config: PromptLearningConfig, base: Any, words: Any, cached: bool) -> None:
+    """Fill in the sizes that a config leaves open, from the model's own config."""
+    if config.num_virtual_tokens is None or config.num_virtual_tokens < 1:
+        raise ConfigError(f"num_virtual_tokens={config.num_virtual_tokens!r}; a positive number is needed.")
+    sizes = _sizes(base, int(words.weight.shape[1]), cached)
+    sizes["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    for field, size in sizes.items():
+        if getattr(config, field) is None:
+            setattr(config, field, size)
+    for field in ("token_dim", "num_layers", "num_attention_heads") if cached else ("token_dim",):
+        given, own = getattr(config, field), sizes[field]
+        if given is None:
+            raise ConfigError(f"the model's config does not tell {field}; give it in {type(config).__name__}.")
+        if own is not None and given != own:
+            raise ConfigError(
+                f"{type(config).__name__}.{field}={given}, but the model's is {own}: the prompt was made for another "
+                "base, or the field should be left out."
+            )
+
+
+def _sizes(base: Any, dim: int, cached: bool) -> dict[str, int | None]:
+    """What a model's config says of its sizes. With grouped-query attention the cache has fewer heads than the queries,
+    maybe of a size of their own."""
+    text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    found: dict[str, int | None] = {"token_dim": dim}
+    for field, names in SIZES.items():
+        found[field] = next((v for n in names if (v := getattr(text, n, None)) is not None), None)
+    queries, heads = found["num_attention_heads"], getattr(text, "num_key_value_heads", None)
+    if cached and queries and heads:
+        size = getattr(text, "head_dim", None) or dim // queries
+        found["token_dim"], found["num_attention_heads"] = size * heads, heads
+    return found
+
+
+def detach(model: Any, name: str) -> None:
     """Forget an adapter."""
-    raise NotImplementedError
+    model.prompt_encoder.drop(name)
+    model._prompt_configs.pop(name)
+    for _, host in hosts(model.base_model):
+        host.delete_adapter(name)
 
 
-def activate(model: PeftModel, name: str, inference_mode: bool) -> None:
-    """Make an adapter the active one."""
-    raise NotImplementedError
+def activate(model: Any, name: str, inference_mode: bool) -> None:
+    """Make an adapter the active one; it alone learns, and not in inference mode."""
+    model._active = [name]
+    for other, encoder in model.prompt_encoder.items():
+        encoder.requires_grad_(other == name and not inference_mode)
+    for _, host in hosts(model.base_model):
+        host.set_adapter([name], inference_mode)
 
 
-def set_requires_grad(model: PeftModel, names: list[str], requires_grad: bool) -> None:
+def set_requires_grad(model: Any, names: list[str], requires_grad: bool) -> None:
     """Let adapters learn, or freeze them."""
-    raise NotImplementedError
+    for name in names:
+        model.prompt_encoder[name].requires_grad_(requires_grad)
+        for _, host in hosts(model.base_model):
+            host.set_requires_grad(name, requires_grad)
 
 
 @contextmanager
-def disabled(model: PeftModel) -> Iterator[None]:
+def disabled(model: Any) -> Iterator[None]:
     """The base model alone, until the block ends."""
-    raise NotImplementedError
-    yield
+    before, model._prompt_off = model._prompt_off, True
+    try:
+        with lifecycle.disabled(model.base_model):
+            yield
+    finally:
+        model._prompt_off = before
 
 
-def call(model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A forward with the active prompt in it."""
-    raise NotImplementedError
-
-
-def generate(model: PeftModel, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Generation with the active prompt in it."""
-    raise NotImplementedError
-
-
-def prompt(model: PeftModel, batch: int, task_ids: Tensor | None, max_cache_len: int | None) -> Any:
-    """What the active method puts before each row."""
-    raise NotImplementedError
-
-
-def state(model: nn.Module, name: str) -> dict[str, Tensor]:
+def collect(model: Any, name: str) -> dict[str, Tensor]:
     """An adapter's tensors, by their key in the file."""
-    raise NotImplementedError
+    return {ROWS: model.prompt_encoder[name].rows(), **state.collect(model, name)}
 
 
-def load(model: nn.Module, name: str, given: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Put tensors into an adapter; returns what is missing and what does not belong."""
-    raise NotImplementedError
+def misfit(model: Any, name: str, given: Mapping[str, Tensor]) -> state.Fit:
+    """How a file's tensors fit an adapter."""
+    return state.fit(_slots(model, name), given)
 
 
-def misfit(
-    model: nn.Module, name: str, given: Mapping[str, Tensor]
-) -> tuple[list[str], list[str], list[str], list[str]]:
-    """How a file's tensors fit: missing, unexpected, misshaped, mistyped (see `core.state.Fit`)."""
-    raise NotImplementedError
+@torch.no_grad()
+def load(model: Any, name: str, given: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Put tensors into an adapter; returns what is missing and what does not belong.
+
+    A prefix that is being trained through a network cannot be loaded into: a file has its output alone.
+    """
+    if ROWS in given and getattr(model.prompt_encoder[name], "prefix_projection", False):
+        raise ConfigError(
+            f"adapter {name!r} trains its prefix through a network (prefix_projection), which a file does not have; "
+            "load the file as an adapter of its own."
+        )
+    report = misfit(model, name, given)
+    state.fill(_slots(model, name), given, name)
+    return report.missing, report.unexpected
+
+
+def _slots(model: Any, name: str) -> dict[str, state.Slot]:
+    encoder = model.prompt_encoder[name]
+    return {ROWS: state.Slot(encoder.embedding.weight), **state.slots(model, name)}

@@ -50,7 +50,7 @@ def get_peft_model_state_dict(
     model = root_of(model)
     config = configs_of(model).get(adapter_name)
     if config is not None and config.is_prompt_learning:
-        found = prompting.state(model, adapter_name)
+        found = prompting.collect(model, adapter_name)
     else:
         check_known([adapter_name], adapters_of(model))
         found = state.collect(model, adapter_name, config)
@@ -95,7 +95,7 @@ def set_peft_model_state_dict(
         return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict))
     check_known([adapter_name], adapters_of(model))
     wanted = state.slots(model, adapter_name, config)
-    given = embeddings.without_levels(peft_model_state_dict, wanted, adapter_name)
+    given = state.unpacked(model, adapter_name, embeddings.without_levels(peft_model_state_dict, wanted, adapter_name))
     wanted.update(embeddings.slots(model, given))
     report = state.fit(wanted, given)
     wrong = [w.split(" ")[0] for w in report.misshaped]
@@ -114,10 +114,10 @@ def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str,
     model = root_of(model)
     config = configs_of(model)[adapter]
     if config.is_prompt_learning:
-        report = state.Fit(*prompting.misfit(model, adapter, tensors))
+        report = prompting.misfit(model, adapter, tensors)
     else:
         wanted = state.slots(model, adapter, config)
-        tensors = embeddings.without_levels(tensors, wanted, adapter)
+        tensors = state.unpacked(model, adapter, embeddings.without_levels(tensors, wanted, adapter))
         report = state.fit({**wanted, **embeddings.slots(model, tensors)}, tensors)
     complaints = report.complaints()
     if complaints and (strict or report.misshaped or report.mistyped):
