@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings small enough for tiny layers, by method. A method without an entry is tested with its default config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from graftlet.config import PeftConfig
+from graftlet.core.method import Replace
+from graftlet.registry import Entry, entries
+
+from .benches import BENCHES, Bench
+
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
+    "LORA": {
+        "plain": {"r": 4, "lora_alpha": 6},
+        "dora": {"r": 4, "use_dora": True},
+        "rslora": {"r": 4, "use_rslora": True},
+        "lora_bias": {"r": 4, "lora_bias": True},
+        "gaussian": {"r": 4, "init_lora_weights": "gaussian"},
+        "pissa": {"r": 4, "init_lora_weights": "pissa"},
+    },
+    "HRA": {"plain": {"r": 4}, "gram-schmidt": {"r": 3, "apply_GS": True}, "odd": {"r": 3}},
+    "OFT": {
+        "plain": {"oft_block_size": 4},
+        "blocks": {"r": 2, "oft_block_size": 0, "use_cayley_neumann": False},
+        "coft": {"oft_block_size": 4, "coft": True, "eps": 0.2},
+        "shared": {"oft_block_size": 4, "block_share": True},
+    },
+    "IA3": {"plain": {"feedforward_modules": []}, "feedforward": {"feedforward_modules": ".*"}},
+    "ROAD": {
+        "plain": {"group_size": 4},
+        "road_2": {"group_size": 2, "variant": "road_2"},
+        "road_4": {"group_size": 4, "variant": "road_4"},
+    },
+    "SHIRA": {"plain": {"r": 2, "random_seed": 5}},
+    "HIRA": {"plain": {"r": 4}, "gaussian": {"r": 4, "init_weights": "gaussian"}},
+    "LILY": {"plain": {"r": 4}},
+    "TRAINABLE_TOKENS": {"plain": {"token_indices": [7, 1, 3]}},
+    "VERA": {"plain": {"r": 4}},
+}  # fmt: skip
+
+UNNEUTRAL = {("HRA", "gram-schmidt"), ("HRA", "odd")}
+"""Settings that change the model from the start although the method's default does not."""
+
+CROSSING = {("LORA", "grouped"), ("BEFT", "no-bias")}
+"""Adapters that the layer cannot hold: a mix of channels across a convolution's groups, a bias where there is none."""
+
+REBASED = {("LORA", "pissa")}
+"""Settings that start by moving a part of the base weight into the adapter."""
+
+_CONVOLUTIONS = {"conv1", "conv2", "conv3", "grouped", "pointwise", "dilated"}
+_EMBEDDINGS = {"embedding", "scaled-embedding", "padded-embedding"}
+_OPAQUE = {"attention", "attention-time-first", "matrix", "experts", "experts-transposed"}
+
+REFUSED = {
+    ("LORA", "pissa"): _CONVOLUTIONS | _OPAQUE,
+    ("LORA", "lora_bias"): _EMBEDDINGS | _OPAQUE | {"no-bias"},
+    ("ROAD", "plain"): {"grouped"},
+    ("ROAD", "road_4"): {"grouped"},
+    ("IA3", "feedforward"): _EMBEDDINGS,
+}
+"""Settings that a layer rightly refuses: they mean nothing there, or their values do not fit its shape."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method, with some settings, on one kind of layer."""
+
+    entry: Entry = field(repr=False)
+    setting: str
+    bench: Bench = field(repr=False)
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.entry.name, self.setting
+
+    @property
+    def replaces(self) -> bool:
+        """The method swaps whole modules, and has no weight function."""
+        return issubclass(self.entry.method, Replace)
+
+    @property
+    def merges(self) -> bool:
+        """A merged form exists."""
+        return self.entry.method.unmergeable is None and (self.entry.name, self.bench.name) not in CROSSING
+
+    @property
+    def first(self) -> bool:
+        """The method's own plain settings."""
+        return self.setting == next(iter(settings_of(self.entry)))
+
+    def config(self, **changes: Any) -> PeftConfig:
+        """A new config. Where the format has no field for bare parameters, they are named on the object."""
+        known = {f.name for f in fields(self.entry.config)}
+        targets = {"target_modules": ["l"]} if self.replaces else self.bench.targets
+        values = {**targets, **settings_of(self.entry)[self.setting], **changes}
+        config = self.entry.config(**{k: v for k, v in values.items() if k in known})
+        for name in values.keys() - known:
+            setattr(config, name, values[name])
+        return config
+
+    def __str__(self) -> str:
+        return f"{self.entry.name.lower()}-{self.setting}-{self.bench.name}"
+
+
+def settings_of(entry: Entry) -> dict[str, dict[str, Any]]:
+    return SETTINGS.get(entry.name, {"default": {}})
+
+
+def cases() -> Iterator[Case]:
+    """Every method that acts on layers, with all its settings, on every kind of layer that it says it works on."""
+    for entry in entries():
+        for setting in settings_of(entry):
+            for bench in BENCHES.values():
+                fits = issubclass(entry.method, Replace) or bench.kind in entry.sites
+                if fits and bench.name not in REFUSED.get((entry.name, setting), ()):
+                    yield Case(entry, setting, bench)
