@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `graftlet`. Each command imports what it needs when it is run, so that `graftlet --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..errors import GraftletError, TrainingInterrupted
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder with an adapter, or its id on the hub.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter's config says.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as it was trained.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+
+
+def main() -> None:
+    """The console script: one clean line for an error that was raised on purpose, a traceback with `--debug`."""
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        app()
+    except GraftletError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        sys.exit(130 if isinstance(error, TrainingInterrupted) else 1)
+
+
+def _complain(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, highlight=False).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Keep transformers' own notices and bars off the screen: what matters is said by the command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graftlet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a small adapter on a frozen large model, then use, merge and look into it."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys to change.")] = None,
+) -> None:
+    """Fine-tune a model as a recipe says.
+
+    Keys of the recipe can be changed: training.learning_rate=1e-4 output=runs/a. Ctrl-C saves a checkpoint;
+    resume=true goes on from the last one.
+    """
+    from ..train.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides or [])
+    _quiet()
+    from ..train.run import train as carry_out
+
+    carry_out(checked)
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[list[str] | None, typer.Argument(help="What to ask; several are asked in turn.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A file of prompts, one a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    no_adapter: Annotated[bool, typer.Option("--no-adapter", help="Ask the base alone, to compare.")] = False,
+    system: Annotated[str | None, typer.Option(help="A system prompt, in place of the recipe's.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt as it stands, without the recipe's wording.")] = False,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = "auto",
+) -> None:
+    """Ask a model with its adapter, and show the answer while it is written."""
+    _quiet()
+    from . import _generate
+
+    prompts = _generate.read_prompts(prompt or [], file)
+    settings = _generate.Settings(max_new_tokens, temperature, seed, not no_adapter, system, raw)
+    _generate.generate(adapter, prompts, settings, base=base, dtype=dtype, device=device)
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the merged model.")],
+    dtype: Dtype = None,
+    base: Base = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a merged model that is there.")] = False,
+) -> None:
+    """Write the base with the adapter merged into its weights, and the tokenizer: a model that needs no Graftlet."""
+    _quiet()
+    from . import _merge
+
+    _merge.merge(adapter, out, base=base, dtype=dtype, device=device, overwrite=overwrite)
+
+
+@app.command()
+def inspect(
+    adapter: Adapter,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
+) -> None:
+    """Say what an adapter is: method, targets, size, and how large and how varied each layer's change is."""
+    from . import _inspect
+
+    _inspect.inspect(adapter, json, html)
+
+
+@app.command()
+def methods(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
+    """List the methods."""
+    from . import _methods
+
+    _methods.methods(json)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter directory is, read off its two files: the base is not loaded, and no dense delta is ever made."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..config import PeftConfig
+from ..errors import AdapterFileError
+from ..files import find_file
+from .page import page, paragraph, section, table, tiles
+from .plots import bars, lines
+from .trainer import WEIGHTS
+
+Facts = dict[str, Any]
+
+_FACTORS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
+
+
+def read_anatomy(source: str | Path) -> Facts:
+    """The facts of an adapter directory: method, targets, sizes, and for each layer its norms and ranks.
+
+    A layer of low-rank factors has `norm`, the Frobenius norm of its delta; `effective_rank`, the exponential of the
+    entropy of its singular values (1 to `rank`); and `singular_values`. Every tensor has its own norm.
+
+    Raises:
+        AdapterFileError: no adapter, or a file that cannot be read.
+    """
+    config = PeftConfig.from_pretrained(source)
+    path = find_file(source, WEIGHTS)
+    tensors = _tensors(path)
+    values = json.loads(config.to_json())
+    layers = _layers(tensors, values)
+    return {
+        "path": str(source),
+        "method": str(config.peft_type),
+        "task": None if config.task_type is None else str(config.task_type),
+        "base": config.base_model_name_or_path,
+        "targets": values.get("target_modules"),
+        "config": {k: v for k, v in values.items() if v not in (None, False, [], {})},
+        "bytes": path.stat().st_size,
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}),
+        "layers": layers,
+        "tensors": [_tensor(name, tensor) for name, tensor in tensors.items()],
+    }
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in sorted(file.keys(), key=_natural)}
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path} cannot be read as safetensors: {error}.") from error
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _tensor(name: str, tensor: Tensor) -> Facts:
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "norm": float(torch.linalg.vector_norm(tensor.double())) if tensor.is_floating_point() else None,
+    }
+
+
+def _layers(tensors: dict[str, Tensor], config: Facts) -> list[Facts]:
+    found = []
+    for name, first in tensors.items():
+        for a, b in _FACTORS.items():
+            if f".{a}" in name and (second := tensors.get(name.replace(f".{a}", f".{b}"))) is not None:
+                layer = name.split(f".{a}")[0].removeprefix("base_model.model.")
+                found.append(_low_rank(layer, first, second, config))
+    return found
+
+
+def _low_rank(layer: str, a: Tensor, b: Tensor, config: Facts) -> Facts:
+    rank = a.shape[0]
+    scaling = _scaling(layer, rank, config)
+    values = abs(scaling) * spectrum(a, b)
+    return {
+        "name": layer,
+        "rank": rank,
+        "scaling": scaling,
+        "norm": float(torch.linalg.vector_norm(values)),
+        "effective_rank": effective_rank(values),
+        "singular_values": [float(v) for v in values],
+        "shape": [b.shape[0], a[0].numel()],
+    }
+
+
+def spectrum(a: Tensor, b: Tensor) -> Tensor:
+    """The singular values of `b @ a`, largest first, float64. a: `[r, in, ...]`; b: `[out, r, ...]`.
+
+    From the QR factors of both: nothing larger than the factors is made.
+    """
+    rank = a.shape[0]
+    right = torch.linalg.qr(a.reshape(rank, -1).T.double(), mode="r").R
+    left = torch.linalg.qr(b.reshape(-1, rank).double(), mode="r").R
+    return torch.linalg.svdvals(left @ right.T)
+
+
+def effective_rank(values: Tensor) -> float:
+    """The exponential of the entropy of singular values taken as shares; 0 for a delta of zero."""
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    shares = values[values > 0] / total
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def _scaling(layer: str, rank: int, config: Facts) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((v for k, v in patterns.items() if _matches(k, layer)), config.get("lora_alpha", rank))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _matches(pattern: str, layer: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+    except re.error:
+        return False
+
+
+def anatomy_page(facts: Facts) -> str:
+    """The facts as one HTML page with plots."""
+    layers = facts["layers"]
+    figures = [
+        (f"{facts['parameters']:,}", "parameters"),
+        (f"{facts['bytes'] / 2**20:.2f} MiB", "size"),
+        (str(len(layers) or len(facts["tensors"])), "adapted layers" if layers else "tensors"),
+    ]
+    parts = [paragraph(f"{facts['method']} on {facts['base'] or 'an unnamed base'}", soft=True), tiles(figures)]
+    if layers:
+        parts.append(section("Size of the change, ‖ΔW‖", _plot(layers, "norm", "‖ΔW‖")))
+        parts.append(section("Effective rank", _plot(layers, "effective_rank", "effective rank")))
+        rows = [[x["name"], str(x["rank"]), f"{x['norm']:.4g}", f"{x['effective_rank']:.2f}"] for x in layers]
+        parts.append(section("Layers", table(["layer", "rank", "‖ΔW‖", "effective rank"], rows, numbers=3)))
+    else:
+        rows = [[t["name"], "×".join(map(str, t["shape"])), t["dtype"], _short(t["norm"])] for t in facts["tensors"]]
+        parts.append(section("Tensors", table(["tensor", "shape", "type", "norm"], rows, numbers=1)))
+    settings = [[k, json.dumps(v)] for k, v in facts["config"].items()]
+    return page(
+        f"Adapter {Path(facts['path']).name}", *parts, section("Configuration", table(["field", "value"], settings))
+    )
+
+
+def _short(norm: float | None) -> str:
+    return "" if norm is None else f"{norm:.4g}"
+
+
+def _plot(layers: Iterable[Facts], key: str, label: str) -> str:
+    """A line a kind of layer over the depth, where the names have one; else a bar a layer."""
+    series: dict[str, dict[int, float]] = defaultdict(dict)
+    listed = list(layers)
+    for layer in listed:
+        depth = next((int(p) for p in layer["name"].split(".") if p.isdigit()), None)
+        if depth is not None:
+            series[layer["name"].rsplit(".", 1)[-1]].setdefault(depth, layer[key])
+    if sum(map(len, series.values())) == len(listed):
+        return lines(series, "layer", label)
+    return bars([x["name"] for x in listed], [x[key] for x in listed], label)

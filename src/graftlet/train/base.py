@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base model and its tokenizer, loaded as a recipe says; device, number type and threads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigError
+from .recipe import ModelTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` takes an accelerator where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"model.device = {name!r} is no device; use auto, cpu, cuda, cuda:1 or mps.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"model.device = {name!r}, but torch sees no CUDA device here; use auto or cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number type of a name; `auto` is bfloat16 on a CUDA device that computes in it, else float32."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+def set_threads(threads: int | str) -> int:
+    """Let torch use so many CPU threads, and say how many.
+
+    `auto` takes the cores that are free now. One thread on a core that another process keeps busy makes all others wait
+    for it at every operation: a training step then takes ten times as long.
+    """
+    count = threads if isinstance(threads, int) else _free_cores()
+    torch.set_num_threads(count)
+    return count
+
+
+def _free_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        import psutil
+    except ImportError:
+        return cores
+    busy = psutil.cpu_percent(interval=0.3) / 100
+    return max(1, min(cores, round(cores * (1 - busy))))
+
+
+def load_tokenizer(folder: str, table: ModelTable) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base, with a padding token and the recipe's chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, revision=table.revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"the tokenizer of {table.source!r} cannot be loaded: {error}") from error
+    if table.chat_template:
+        own = Path(table.chat_template)
+        tokenizer.chat_template = (
+            own.read_text() if len(table.chat_template) < 250 and own.is_file() else table.chat_template
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"the tokenizer of {folder!r} has neither a padding nor an end token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(folder: str, table: ModelTable) -> PreTrainedModel:
+    """The base model on its device, in its number type."""
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(table.device)
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            revision=table.revision,
+            dtype=pick_dtype(table.dtype, device),
+            attn_implementation=table.attention,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"the base model {table.source!r} cannot be loaded: {error}") from error
+    model.config.use_cache = False  # of no use in training, and transformers packs only without it
+    return model.to(device)

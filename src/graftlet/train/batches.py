@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows into batches: padded, or packed so that a row holds several examples that do not see each other.
+
+A packed row has no attention mask. Its position ids begin again at 0 with every example; transformers makes the mask of
+blocks from that, for eager attention, SDPA and flash attention. `check_isolation` looks whether a model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .tokens import IGNORED, Encoded
+
+Feature = dict[str, list[int]]
+
+
+class Rows(torch.utils.data.Dataset):
+    """A list of features as a data set."""
+
+    def __init__(self, features: Iterable[Feature]) -> None:
+        self.features = list(features)
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, index: int) -> Feature:
+        return self.features[index]
+
+
+def feature(row: Encoded) -> Feature:
+    """One example as a row of its own."""
+    return {"input_ids": row.input_ids, "labels": row.labels}
+
+
+def pack(rows: Sequence[Encoded], length: int, window: int = 64) -> list[Feature]:
+    """Rows of at most `length` tokens, each example whole in the first one, of the `window` open, that has room."""
+    done: list[list[Encoded]] = []
+    opened: list[list[Encoded]] = []
+    for row in rows:
+        fits = (b for b in opened if sum(len(r.input_ids) for r in b) + len(row.input_ids) <= length)
+        room = next(fits, None)
+        if room is not None:
+            room.append(row)
+            continue
+        opened.append([row])
+        if len(opened) > window:
+            done.append(opened.pop(0))
+    return [_joined(rows) for rows in done + opened]
+
+
+def _joined(rows: Sequence[Encoded]) -> Feature:
+    return {
+        "input_ids": [t for r in rows for t in r.input_ids],
+        # the first token of an example must not be learnt from the last of the one before
+        "labels": [t for r in rows for t in [IGNORED, *r.labels[1:]]],
+        "position_ids": [p for r in rows for p in range(len(r.input_ids))],
+    }
+
+
+class Collator:
+    """Features to tensors `[batch, longest]`, filled up on the right; packed rows where they have `position_ids`."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, features: Sequence[Feature]) -> dict[str, Tensor]:
+        longest = max(len(f["input_ids"]) for f in features)
+        batch = {
+            "input_ids": _filled([f["input_ids"] for f in features], longest, self.pad),
+            "labels": _filled([f["labels"] for f in features], longest, IGNORED),
+        }
+        if "position_ids" in features[0]:  # the filling is one more block, which nobody looks at
+            rows = [f["position_ids"] for f in features]
+            batch["position_ids"] = torch.tensor([r + list(range(longest - len(r))) for r in rows])
+        else:
+            batch["attention_mask"] = _filled([[1] * len(f["input_ids"]) for f in features], longest, 0)
+        return batch
+
+
+def _filled(rows: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([r + [value] * (length - len(r)) for r in rows])
+
+
+@torch.no_grad()
+def check_isolation(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Raise `ConfigError` if, in the packed rows of `batch`, one example's tokens change the outputs of another."""
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    # the rows' last blocks keep their tokens, all others get the next token of the vocabulary
+    block = ((positions == 0).cumsum(1) == (positions == 0).sum(1, keepdim=True)) & (positions == 0).cumsum(1).gt(1)
+    if not block.any():
+        return
+    other = torch.where(block, ids, (ids + 1) % int(ids.max() + 1))
+    training = model.training
+    model.eval()
+    try:
+        first, second = (_logits(model, x, positions)[block] for x in (ids, other))
+    finally:
+        model.train(training)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        raise ConfigError(
+            "training.packing: in this model's attention, packed examples see each other "
+            f"(outputs move by {float((first - second).abs().max()):.2g}). Set training.packing = false."
+        )
+
+
+def _logits(model: nn.Module, ids: Tensor, positions: Tensor) -> Tensor:
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    return model(**inputs).logits.float()

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Callbacks for a recipe's Trainer, or for your own: `Trainer(..., callbacks=[RichProgress()])` with `disable_tqdm`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def memory_used(device: torch.device | None = None) -> int:
+    """Bytes: the most that a CUDA device has held, else what this process holds in main memory; 0 where unknown."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import psutil
+    except ImportError:
+        return 0
+    return psutil.Process().memory_info().rss
+
+
+def clock(seconds: float) -> str:
+    """`1:23` or `1:02:03`."""
+    minutes, second = divmod(int(seconds + 0.5), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class RichProgress(TrainerCallback):
+    """Loss, tokens a second, memory and time left: a live line on a terminal, a plain line a log entry elsewhere.
+
+    Tokens are counted where `TrainingArguments.include_num_input_tokens_seen` is set.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._live: Live | None = None
+        self._active = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._begun, self._first = time.perf_counter(), state.global_step
+        self._tokens = state.num_input_tokens_seen
+        self._loss = float("nan")
+        self._active = True
+        self._bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
+            TimeElapsedColumn(), console=self.console,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, words="")
+        if self.console.is_terminal and state.is_world_process_zero:
+            self._live = Live(self._bar, console=self.console, refresh_per_second=4)
+            self._live.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update(self._task, completed=state.global_step, words=self._describe(args, state))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero or not self._active:
+            return
+        if "loss" in logs:
+            self._loss = float(logs["loss"])
+            if self._live is None:
+                self.console.print(f"step {state.global_step:>4}/{state.max_steps}  {self._describe(args, state)}")
+        elif "eval_loss" in logs:
+            self.console.print(
+                f"step {state.global_step:>4}/{state.max_steps}  validation loss {logs['eval_loss']:.4f}"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the live display off the terminal; also needed after an error in training."""
+        self._active = False
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _describe(self, args: TrainingArguments, state: TrainerState) -> str:
+        spent = time.perf_counter() - self._begun
+        done = max(state.global_step - self._first, 1)
+        left = spent / done * (state.max_steps - state.global_step)
+        tokens = state.num_input_tokens_seen - self._tokens
+        parts = [f"loss {self._loss:.4f}"] if self._loss == self._loss else []
+        parts += [f"{tokens / spent:,.0f} tokens/s"] if tokens else []
+        parts += [f"{memory_used(args.device) / 2**30:.2f} GiB", f"{clock(left)} left"]
+        return "  ".join(parts)
+
+
+class StopOnSignal(TrainerCallback):
+    """On the first Ctrl-C finish the step, save a checkpoint and stop; a second one interrupts at once.
+
+    `stopped` says whether that happened.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._before: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if threading.current_thread() is threading.main_thread():  # signals reach no other thread
+            self._before = signal.signal(signal.SIGINT, self._stop)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the signal back to whoever had it."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            self._before = None
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Charts as PNG data URIs, one for light pages and one for dark. matplotlib without its global state."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Draw = Callable[[Any, dict[str, str]], None]
+
+THEMES = {
+    "light": {"ink": "#1c2024", "faint": "#d9d9e0", "first": "#0f766e", "second": "#c2410c"},
+    "dark": {"ink": "#edeef0", "faint": "#3a3f42", "first": "#5eead4", "second": "#fdba74"},
+}
+
+
+def picture(draw: Draw, alt: str, size: tuple[float, float] = (7.2, 3.0)) -> str:
+    """HTML of a chart that follows the reader's colour scheme. `draw(axes, colours)` draws it once for each."""
+    light, dark = (_png(draw, THEMES[name], size) for name in ("light", "dark"))
+    other = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{other}<img src="{light}" alt="{alt}"></picture>'
+
+
+def _png(draw: Draw, colours: dict[str, str], size: tuple[float, float]) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_facecolor("none")
+    axes.grid(axis="y", color=colours["faint"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name == "bottom")
+        spine.set_color(colours["ink"])
+    axes.tick_params(colors=colours["ink"], length=0)
+    draw(axes, colours)
+    for text in (axes.xaxis.label, axes.yaxis.label):
+        text.set_color(colours["ink"])
+    held = io.BytesIO()
+    figure.savefig(held, format="png", dpi=160, transparent=True)
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+def loss_curve(history: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]] = (), steps: int = 0) -> str:
+    """Training and validation loss by step, from a Trainer's log history and the measurements before and after."""
+    training = [(h["step"], h["loss"]) for h in history if "loss" in h]
+    seen = {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h}
+    ends = [m["validation_loss"] for m in measured[:2]]
+    ends = {s: v for s, v in zip((0, steps), ends, strict=False) if v is not None}
+    held_out = sorted((ends | seen).items())
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        for points, colour, name in ((training, "first", "training"), (held_out, "second", "validation")):
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=colours[colour], linewidth=2, marker="o", markersize=4, label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss a token")
+        axes.set_ylim(bottom=0)
+        if training or held_out:
+            axes.legend(frameon=False, labelcolor=colours["ink"])
+
+    return picture(draw, "Training and validation loss by step")
+
+
+def lines(series: dict[str, dict[int, float]], across: str, label: str) -> str:
+    """One line a name, over whole numbers."""
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"]
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        for i, (name, points) in enumerate(series.items()):
+            shade = shades(0.15 + 0.7 * i / max(len(series) - 1, 1))
+            axes.plot(
+                list(points), list(points.values()), color=shade, linewidth=2, marker="o", markersize=3, label=name
+            )
+        axes.set_xlabel(across)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, labelcolor=colours["ink"], fontsize=8)
+
+    return picture(draw, f"{label} by {across}")
+
+
+def bars(names: Sequence[str], values: Sequence[float], label: str) -> str:
+    """One horizontal bar a name, the first at the top."""
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        axes.barh(range(len(names)), values, color=colours["first"], height=0.7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.invert_yaxis()
+        axes.set_xlabel(label)
+        axes.grid(axis="y", visible=False)
+        axes.grid(axis="x", color=colours["faint"], linewidth=0.8)
+
+    return picture(draw, label, (7.2, max(1.6, 0.17 * len(names) + 0.8)))

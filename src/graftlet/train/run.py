@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole of a training run: prepare, measure, train, save, measure again, verify, report."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
+
+from .. import __version__
+from ..errors import ConfigError, TrainingInterrupted
+from ..files import write_atomically
+from ..model.auto import AutoPeftModelForCausalLM
+from ..model.mapping import get_peft_model
+from ..model.peft_model import PeftModel
+from .base import load_base, load_tokenizer, pick_device, set_threads
+from .batches import Collator, check_isolation
+from .callbacks import RichProgress, StopOnSignal, clock
+from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data
+from .recipe import Recipe
+from .report import write_report
+from .score import Score, Scorer
+from .sources import model_folder
+from .trainer import WEIGHTS, AdapterTrainer, training_arguments
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, which is the adapter's, and what `summary.json` says."""
+
+    output: Path
+    summary: dict[str, Any]
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.output / REPORT
+
+    def load(self, **kwargs: Any) -> PeftModel:
+        """The base with the trained adapter."""
+        return AutoPeftModelForCausalLM.from_pretrained(str(self.output), **kwargs)
+
+
+def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), console: Console | None = None) -> Result:
+    """Carry out a recipe.
+
+    Args:
+        recipe: from `load_recipe`, or made in Python.
+        callbacks: further callbacks for the Trainer.
+        console: where progress goes; `Console(quiet=True)` for nowhere.
+
+    Returns:
+        The folder and the summary. The folder holds the adapter and its tokenizer, `report.html`, `summary.json`,
+        `recipe.json` and the checkpoints.
+
+    Raises:
+        ConfigError: a wrong recipe or wrong data; nothing was trained.
+        DependencyError: a source needs a package that is missing.
+        TrainingInterrupted: stopped by Ctrl-C; `resume = true` goes on.
+    """
+    return _Run(recipe, console or Console(highlight=False)).carry_out(callbacks)
+
+
+@dataclass
+class _Run:
+    recipe: Recipe
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+
+    def carry_out(self, callbacks: Sequence[TrainerCallback]) -> Result:
+        begun = time.perf_counter()
+        config = adapter_config(self.recipe)
+        if self.recipe.training.packing and config.is_prompt_learning:
+            place = self.recipe.place("training", "packing")
+            raise ConfigError(f"{place}: a prompt method puts its tokens before a row, not before each example in it.")
+        checkpoint = claim_output(self.recipe)
+        with self.stage("prepare"):
+            device, threads = pick_device(self.recipe.model.device), set_threads(self.recipe.model.threads)
+            folder = model_folder(self.recipe.model.source, self.say)
+        with self.stage("data"):
+            data = prepare_data(self.recipe, load_tokenizer(folder, self.recipe.model))
+            self.collate = Collator(data.encoder.tokenizer.pad_token_id)
+            self.scorer = self._scorer(data)
+        self._tell_data(data)
+        with self.stage("model"):
+            base = load_base(folder, self.recipe.model)
+            set_seed(self.recipe.seed)
+            model: Any = get_peft_model(base, config)
+        trainer = self._trainer(model, data, device, callbacks)
+        facts = self._model_facts(model, folder, threads)
+        self._tell_model(facts)
+        before = self._before(model, trainer)
+        self._train(trainer, checkpoint)
+        after = self._after(model, trainer, data)
+        history, training = trainer.state.log_history, self._training_facts(trainer, checkpoint, data)
+        if self.recipe.evaluation.verify:
+            args = trainer.args
+            del model, base, trainer  # room for a fresh one
+            gc.collect()
+            self._verify(folder, args, data)
+        self.seconds["total"] = time.perf_counter() - begun
+        samples = [
+            {"prompt": e.messages[-2]["content"], "expected": e.answer, "before": b, "after": a}
+            for e, b, a in zip(self.scorer.examples, before, after, strict=False)
+        ]
+        return self._finish({**facts, "data": data.facts, "training": training}, samples, history)
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `seconds[name]`."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def _scorer(self, data: Prepared) -> Scorer:
+        table = self.recipe.evaluation
+        examples = data.held_out[table.on] or data.splits.test or data.splits.validation
+        if table.metric != "none" and not data.held_out[table.on]:
+            place = self.recipe.place("evaluation", "metric")
+            raise ConfigError(f"{place} = {table.metric!r} needs held-out examples; set data.{table.on}.")
+        return Scorer(data.encoder, examples or data.splits.train[: table.samples], table)
+
+    def _trainer(self, model: Any, data: Prepared, device: torch.device, callbacks: Sequence[TrainerCallback]) -> Any:
+        table = self.recipe.training
+        a_pass = math.ceil(math.ceil(len(data.train) / table.batch_size) / table.accumulation)
+        args = training_arguments(self.recipe, device, table.max_steps or math.ceil(a_pass * table.epochs))
+        self.progress, self.stop = RichProgress(self.console), StopOnSignal()
+        own: list[TrainerCallback] = [self.progress, self.stop]
+        if table.patience:
+            own.append(EarlyStoppingCallback(early_stopping_patience=table.patience))
+        trainer = AdapterTrainer(
+            model=model,
+            args=args,
+            data_collator=self.collate,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            callbacks=[*own, *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        if table.packing:
+            batch = self.collate([data.train[i] for i in range(min(2, len(data.train)))])
+            check_isolation(model, {k: v.to(model.device) for k, v in batch.items()})
+        return trainer
+
+    def _before(self, model: Any, trainer: Any) -> list[str]:
+        with self.stage("measure before"), model.disable_adapter():
+            self.measure("before", model, self._loss(trainer))
+            return self.scorer.samples(model, self.recipe.evaluation.samples)
+
+    def _train(self, trainer: Any, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self.say(f"resuming from {checkpoint}")
+        with self.stage("train"):
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                self.progress.close()
+                self.stop.close()
+        if self.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+            raise TrainingInterrupted(
+                f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                f"go on with resume=true output={self.recipe.output}."
+            )
+
+    def _after(self, model: Any, trainer: Any, data: Prepared) -> list[str]:
+        with self.stage("save"):
+            model.save_pretrained(self.recipe.output)
+            data.encoder.tokenizer.save_pretrained(self.recipe.output)
+        with self.stage("measure after"):
+            self.measure("after training", model, self._loss(trainer))
+            return self.scorer.samples(model, self.recipe.evaluation.samples)
+
+    def _verify(self, folder: str, args: Any, data: Prepared) -> None:
+        with self.stage("verify"):
+            model: Any = PeftModel.from_pretrained(load_base(folder, self.recipe.model), self.recipe.output)
+            self.measure("saved and loaded into a fresh base", model, self._fresh_loss(model, args, data))
+            merged: Any = model.merge_and_unload(safe_merge=True, progressbar=False)
+            self.measure("merged into the base", merged, self._fresh_loss(merged, args, data))
+
+    def _fresh_loss(self, model: Any, args: Any, data: Prepared) -> float | None:
+        trainer = AdapterTrainer(model=model, args=args, data_collator=self.collate, eval_dataset=data.validation)
+        trainer.remove_callback(PrinterCallback)
+        return self._loss(trainer)
+
+    @staticmethod
+    def _loss(trainer: Any) -> float | None:
+        return trainer.evaluate()["eval_loss"] if trainer.eval_dataset is not None else None
+
+    def measure(self, stage: str, model: Any, loss: float | None) -> None:
+        """Record, and tell, how a model does on what was held out."""
+        entry: dict[str, Any] = {"stage": stage, "validation_loss": loss}
+        if self.recipe.evaluation.metric != "none":
+            score = self.scorer(model)
+            entry |= {"metric": score.value, "right": sum(score.right), "of": len(score.right)}
+            if len(self.scores) > 1:
+                entry["same_answers"] = score.same_as(self.scores[1])  # as right after training
+            self.scores.append(score)
+        self.measured.append(entry)
+        self.say(f"{stage}: {describe(entry, self.recipe.evaluation.metric)}")
+
+    # --- what is told -------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def _tell_data(self, data: Prepared) -> None:
+        facts = data.facts
+        self.say(f"data: {facts['rows']} rows, {facts['filtered']} filtered out, {facts['doubles']} doubles left out")
+        for name, use in (("train", "trained on"), ("validation", "held out"), ("test", "held out")):
+            part = facts[name]
+            if part["examples"]:
+                groups = ", ".join(f"{n} {g}" for g, n in part["groups"].items())
+                long = f", {part['too_long']} too long" if part["too_long"] else ""
+                self.say(f"  {name}: {part['examples']} examples {use}{f' ({groups})' if groups else ''}{long}")
+
+    def _model_facts(self, model: Any, folder: str, threads: int) -> dict[str, Any]:
+        trainable, total = model.get_nb_trainable_parameters()
+        table = self.recipe.model
+        return {
+            "model": {
+                "source": table.source,
+                "folder": folder,
+                "parameters": total - trainable,
+                "dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+                "device": str(model.device),
+                "threads": threads,
+            },
+            "adapter": {
+                "method": self.recipe.adapter.method.upper(),
+                "trainable": trainable,
+                "share": trainable / total,
+            },
+        }
+
+    def _tell_model(self, facts: dict[str, Any]) -> None:
+        model, adapter = facts["model"], facts["adapter"]
+        self.say(f"base: {model['source']}, {model['parameters']:,} parameters, {model['dtype']} on {model['device']}")
+        self.say(f"adapter: {adapter['method']}, {adapter['trainable']:,} trainable ({adapter['share']:.2%})")
+
+    def _training_facts(self, trainer: Any, checkpoint: Path | None, data: Prepared) -> dict[str, Any]:
+        state = trainer.state
+        tokens = data.facts["train"]["tokens"]
+        best = state.best_model_checkpoint if self.recipe.training.patience else None
+        return {
+            "steps": state.global_step,
+            "planned_steps": state.max_steps,
+            "epochs": state.epoch,
+            "tokens_an_epoch": tokens,
+            "tokens_a_second": state.num_input_tokens_seen / self.seconds["train"] if not checkpoint else None,
+            "peak_memory": _peak_memory(trainer.args.device),
+            "resumed_from": str(checkpoint) if checkpoint else None,
+            "best_step": int(best.rsplit("-", 1)[1]) if best else None,
+        }
+
+    def _finish(self, facts: dict[str, Any], samples: list[dict[str, Any]], history: list[dict[str, Any]]) -> Result:
+        output = Path(self.recipe.output)
+        facts["adapter"]["bytes"] = (output / WEIGHTS).stat().st_size
+        summary = {
+            "graftlet": __version__,
+            "title": self.recipe.title or output.name,
+            **facts,
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            "metric": self.recipe.evaluation.metric,
+            "measured": self.measured,
+            "samples": samples,
+            "history": history,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        write_atomically(output / SUMMARY, json.dumps(summary, indent=2).encode())
+        write_report(summary, output / REPORT)
+        spent = {k: v for k, v in self.seconds.items() if k != "total"}
+        self.say(
+            "time: "
+            + ", ".join(f"{k} {clock(v)}" for k, v in spent.items())
+            + f"; {clock(self.seconds['total'])} in all"
+        )
+        self.say(f"adapter: {output}/  ({facts['adapter']['bytes'] / 2**20:.1f} MiB)")
+        self.say(f"report: {output / REPORT}")
+        return Result(output, summary)
+
+
+def describe(entry: dict[str, Any], metric: str) -> str:
+    """A measurement in words: `accuracy 95.5 % (191 of 200), validation loss 0.1234`."""
+    parts = []
+    if "metric" in entry:
+        name = {"choice": "accuracy"}.get(metric, metric.replace("_", " "))
+        parts.append(f"{name} {entry['metric']:.1%} ({entry['right']} of {entry['of']} held-out examples right)")
+    if entry["validation_loss"] is not None:
+        parts.append(f"validation loss {entry['validation_loss']:.4f}")
+    if "same_answers" in entry:
+        parts.append(f"{entry['same_answers']} of {entry['of']} answers as after training")
+    return ", ".join(parts) or "nothing is held out"
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the device, or without one this process, has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+        import sys
+    except ImportError:  # not on Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

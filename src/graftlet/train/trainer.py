@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' Trainer with an adapter's checkpoints, and its arguments as a recipe has them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+from ..errors import ConfigError, nearest
+from ..files import find_file
+from ..model.save import set_peft_model_state_dict
+from .recipe import Recipe
+
+WEIGHTS = "adapter_model.safetensors"
+CHECKPOINTS = "checkpoints"
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer whose checkpoints hold the adapter alone, and which restores it from them exactly."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and folder is not None:
+            model.save_pretrained(folder, state_dict=state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.state.best_model_checkpoint:
+            restore(self.model, self.state.best_model_checkpoint)
+
+
+def restore(model: Any, folder: str | Path) -> None:
+    """Put the tensors of a saved adapter into a model that has that adapter."""
+    set_peft_model_state_dict(model, load_file(find_file(folder, WEIGHTS)))
+
+
+def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> TrainingArguments:
+    """The Trainer's arguments for a run of `steps` steps; `ConfigError` for an unknown one in `training.arguments`."""
+    table = recipe.training
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    for name in table.arguments:
+        if name not in known:
+            place = recipe.place("training", "arguments", name)
+            raise ConfigError(
+                f"{place}: transformers' TrainingArguments has no such field{nearest(name, known) or '.'}"
+            )
+    saving = table.save_every or table.evaluate_every
+    values: dict[str, Any] = {
+        "output_dir": str(Path(recipe.output, CHECKPOINTS)),
+        "num_train_epochs": table.epochs,
+        "max_steps": table.max_steps or -1,
+        "per_device_train_batch_size": table.batch_size,
+        "per_device_eval_batch_size": recipe.evaluation.batch_size,
+        "gradient_accumulation_steps": table.accumulation,
+        "learning_rate": table.learning_rate,
+        "lr_scheduler_type": table.schedule,
+        "warmup_steps": round(table.warmup * steps),
+        "weight_decay": table.weight_decay,
+        "max_grad_norm": table.max_grad_norm,
+        "optim": table.optimizer,
+        "bf16": table.mixed_precision == "bf16",
+        "fp16": table.mixed_precision == "fp16",
+        **_checkpointing(table.gradient_checkpointing, known),
+        "logging_steps": table.log_every,
+        **_every("eval", table.evaluate_every),
+        **_every("save", saving),
+        "save_total_limit": table.keep,
+        "load_best_model_at_end": table.patience is not None,
+        "metric_for_best_model": "eval_loss" if table.patience is not None else None,
+        "seed": recipe.seed,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
+        "prediction_loss_only": True,
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    args = TrainingArguments(**{**values, **table.arguments})
+    args._n_gpu = min(args.n_gpu, 1)  # several devices are accelerate's business, one process each
+    return args
+
+
+def _checkpointing(on: bool, known: set[str]) -> dict[str, Any]:
+    if not on:
+        return {}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    # the reentrant kind loses the gradient where a block's input needs none, as under an adapter
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _every(kind: str, every: int | str | None) -> dict[str, Any]:
+    if isinstance(every, int):
+        return {f"{kind}_strategy": "steps", f"{kind}_steps": every}
+    return {f"{kind}_strategy": "epoch" if every else "no"}
+
+
+def last_checkpoint(output: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run; one cut short while it was written is passed over."""
+    folders = [p for p in Path(output, CHECKPOINTS).glob("checkpoint-*") if p.name.rsplit("-", 1)[1].isdigit()]
+    whole = [p for p in folders if (p / "trainer_state.json").is_file() and (p / WEIGHTS).is_file()]
+    return max(whole, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
