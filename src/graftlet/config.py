@@ -210,8 +210,6 @@ class PeftConfig:
         """The config that a dictionary describes; its class follows `peft_type` (or is `cls` where that is missing)."""
         kind = values.get("peft_type") or cls.peft_type_name
         if not kind:
-            if cls is PeftConfig and "peft_type" in values:
-                return cls(**_known(cls, values, origin))
             raise ConfigError(f"{origin} has no peft_type; it names the method, for instance LORA.")
         known = lookup(kind).config
         return known(**{k: v for k, v in _known(known, values, origin).items() if k != "peft_type"})

@@ -72,6 +72,10 @@ class AdapterHost(Weighted):
         for name in names:
             self.set_requires_grad(name, not inference_mode)
 
+    def follow(self, active: list[str]) -> None:
+        """Take over which adapters are active; what learns stays as it is."""
+        self._active = list(active)
+
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters act and learn, or let the base layer act alone, also where they are merged."""
         self.set_disabled(not enabled)
@@ -199,9 +203,19 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, module
-        prefix = f"{path}." if path else ""
-        children = [(prefix + n, m) for n, m in module._modules.items() if m is not None and type(m) is not Box]
-        stack += reversed(children)
+        children = [(n, m) for n, m in module._modules.items() if m is not None and type(m) is not Box]
+        stack += [(below(path, n), m) for n, m in reversed(children)]
+
+
+def below(path: str, child: str) -> str:
+    """The path of a child; the wrapper that `torch.compile` puts around a module is no level of its own."""
+    if child == COMPILED:
+        return path
+    return f"{path}.{child}" if path else child
+
+
+COMPILED = "_orig_mod"
+"""Where `torch.compile` keeps the module that it wraps."""
 
 
 def check_name(name: object, taken: list[str]) -> str:

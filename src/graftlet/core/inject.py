@@ -139,6 +139,16 @@ class Plan:
         elif isinstance(host, AdaptedBlock):
             host.attach(self.name, *item.tensors)
 
+    def activate(self, active: list[str], learn: bool) -> None:
+        """Let new wrappers follow the adapters that are active, and the new adapter learn or not."""
+        for item in self.items:
+            if item.host is not None:
+                if item.made:
+                    item.host.follow(active)
+                item.host.set_requires_grad(self.name, learn)
+        for _, box in commons(self.root):
+            box.set_requires_grad(self.name, learn)
+
     def _leader(self, item: Item) -> Replacement | None:
         """The first host whose copy shares a parameter with this item's."""
         mine = {id(p) for p in item.copy.parameters()} if item.copy is not None else set()

@@ -16,6 +16,7 @@ from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, listing, warn
 from .host import AdapterHost, bare, check_known, commons, hosts
 from .layer import AdaptedLayer
+from .replace import Replacement
 from .tensors import Common
 from .ties import tied
 
@@ -160,7 +161,7 @@ def biases(model: nn.Module, config: PeftConfig, adapter: str) -> dict[str, nn.P
     if config.bias == "none":
         return {}
     if config.bias == "all":
-        inside = [f"{path}.{box}." for path, h in hosts(model) for box in _boxes(h)]
+        inside = [f"{path}.{box}" for path, h in hosts(model) for box in _not_base(h)]
         return {
             n: p
             for n, p in model.named_parameters()
@@ -175,5 +176,8 @@ def biases(model: nn.Module, config: PeftConfig, adapter: str) -> dict[str, nn.P
     return found
 
 
-def _boxes(host: AdapterHost) -> list[str]:
-    return [name for name, module in host._modules.items() if module is not host.base]
+def _not_base(host: AdapterHost) -> list[str]:
+    """The children of a wrapper whose biases are not the base's own; all of it where an adapter replaces it whole."""
+    if isinstance(host, Replacement):
+        return [""]
+    return [f"{name}." for name, module in host._modules.items() if module is not host.base]

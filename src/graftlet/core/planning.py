@@ -47,6 +47,8 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
     if together:
         found += ties.partners(model, found)
     saved = _saved_places(model, config)
+    if config.ensure_weight_tying:
+        saved += ties.partners(model, saved)
     found = [p for p in found if not any(p.path == s.path or p.path.startswith(f"{s.path}.") for s in saved)]
     for place in found:
         made.items += _items(place, config, entry)

@@ -19,7 +19,7 @@ from ..config import Names, PeftConfig, TaskType
 from ..errors import ConfigError, NoMatchingPeftModuleError, listing, nearest
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
-from .host import bare
+from .host import bare, below
 
 ALL_LINEAR = "all-linear"
 HEADS = ("score", "classifier")
@@ -41,12 +41,16 @@ class Place:
         return bare(self.module)
 
 
-def walk(model: nn.Module, prefix: str = "") -> Iterator[Place]:
-    """All places of a model below its root, each once, by the model's own paths."""
+def walk(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[Place]:
+    """All places of a model below its root, by the model's own paths; a module that stands in several once."""
+    seen = {id(model)} if seen is None else seen
     for child, module in model.named_children():
-        path = f"{prefix}.{child}" if prefix else child
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        path = below(prefix, child)
         yield Place(path, module, model, child)
-        yield from walk(bare(module), path)
+        yield from walk(bare(module), path, seen)
 
 
 def matches(path: str, names: Names | None) -> bool:
@@ -59,11 +63,13 @@ def matches(path: str, names: Names | None) -> bool:
 
 
 def layer_index(path: str, patterns: Iterable[str] | None) -> int | None:
-    """The index of the block that a path lies in: the first number after a name (after one of `patterns`, if given)."""
-    parts = path.split(".")
-    for name, part in pairwise(parts):
-        if part.isdigit() and (not patterns or any(re.fullmatch(p, name) for p in patterns)):
-            return int(part)
+    """The index of the block that a path lies in: the first number after a name (after the first of `patterns` that
+    has one, if they are given)."""
+    steps = [(name, part) for name, part in pairwise(path.split(".")) if part.isdigit()]
+    for pattern in patterns or (".*",):
+        for name, part in steps:
+            if re.fullmatch(pattern, name):
+                return int(part)
     return None
 
 
@@ -101,6 +107,16 @@ def model_type(model: nn.Module) -> str | None:
     if isinstance(config, dict):
         return config.get("model_type")
     return getattr(config, "model_type", None)
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many tokens a model's input embedding has; None where it does not say which that is."""
+    ask = getattr(model, "get_input_embeddings", None)
+    try:
+        weight = getattr(ask(), "weight", None) if callable(ask) else None
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return None if weight is None else weight.shape[0]
 
 
 def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:

@@ -28,11 +28,9 @@ class Group:
 def tied(model: nn.Module) -> list[Group]:
     """The groups of places that share one parameter of the base model, by the model's own paths."""
     groups: dict[int, Group] = {}
-    seen: set[int] = set()  # a module that stands in two places is one module, and nothing is tied in it
     for place in walk(model):
-        if id(place.bare) in seen or isinstance(place.bare, Common):
+        if isinstance(place.bare, Common):
             continue
-        seen.add(id(place.bare))
         for name, parameter in place.bare._parameters.items():
             if parameter is not None:
                 groups.setdefault(id(parameter), Group(parameter)).places.append((place.path, name))

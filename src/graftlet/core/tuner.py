@@ -9,10 +9,11 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
-from . import lifecycle, ties
+from . import lifecycle, replication, ties
 from .host import check_name, hosts
 from .inject import Plan
 from .planning import plan
+from .target import vocabulary
 
 
 class BaseTuner(nn.Module):
@@ -31,7 +32,8 @@ class BaseTuner(nn.Module):
         super().__init__()
         self.model = model
         self.peft_config: dict[str, PeftConfig] = {}
-        self.pending: Plan | None = None
+        self.pending: tuple[Plan, Before] | None = None
+        self.vocabulary = vocabulary(model)
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.inject(config, name, meta=low_cpu_mem_usage)
@@ -47,11 +49,20 @@ class BaseTuner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def inject(self, config: PeftConfig, name: str, meta: bool = False, widen: bool = True, init: bool = True) -> Plan:
+    def inject(
+        self,
+        config: PeftConfig,
+        name: str,
+        meta: bool = False,
+        widen: bool = True,
+        init: bool = True,
+        learn: bool = False,
+    ) -> Plan:
         """Put an adapter into the model; the first one is active from then on. All of it happens, or none.
 
-        meta, widen, init: see `Plan.build`. Without `init` the caller fills the tensors and then calls `settle` on the
-        plan that is returned, which is kept as `self.pending` meanwhile.
+        meta, widen, init: see `Plan.build`. Without `init` the caller fills the tensors and then calls `settle`, or
+        `abandon`. learn: the adapter's tensors learn although another one is active. What other adapters and the base
+        learn stays as it is; the first adapter freezes the base.
         """
         check_name(name, list(self.peft_config))
         if config.bias != "none" and (
@@ -60,23 +71,39 @@ class BaseTuner(nn.Module):
             raise ConfigError(
                 f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
             )
-        made = plan(self.model, config, name, self).build(meta, widen, init).apply()
+        adapted, active = bool(lifecycle.adapters_of(self.model)), self.active_adapters or [name]
+        before = Before(self.model)
+        try:
+            before.replicated = replication.replicate(self.model, config.layer_replication, adapted)
+            made = plan(self.model, config, name, self).build(meta, widen, init).apply()
+        except BaseException:
+            before.restore()
+            raise
         self.peft_config[name] = config
-        active = self.active_adapters or [name]
-        for item in made.items:
-            if item.host is not None:
-                item.host.set_adapter(active, self.peft_config[active[0]].inference_mode)
-        lifecycle.mark_trainable(self.model, self.peft_config)
+        if not adapted:
+            lifecycle.mark_trainable(self.model, {})
+        made.activate(active, not config.inference_mode and (learn or name in active or not init))
+        for bias in lifecycle.biases(self.model, config, name).values() if name in active else ():
+            bias.requires_grad = not config.inference_mode
         if init:
             made.settle()
         else:
-            self.pending = made
+            self.pending = (made, before)
         return made
 
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""
         if self.pending is not None:
-            self.pending.settle()
+            self.pending[0].settle()
+        self.pending = None
+
+    def abandon(self) -> None:
+        """Take back an injection whose tensors could not be filled: the model is as it was before."""
+        if self.pending is not None:
+            made, before = self.pending
+            made.undo()
+            before.restore()
+            self.peft_config.pop(made.name)
         self.pending = None
 
     @property
@@ -120,8 +147,10 @@ class BaseTuner(nn.Module):
 
         Raises `MergeError`, the model as it was, where an adapter cannot be merged.
         """
-        groups = ties.tied(self.model)
+        stack = replication.stack_path(self.model)
+        groups = [g for g in ties.tied(self.model) if stack is None or not g.places[0][0].startswith(f"{stack}.")]
         lifecycle.merge(self.model, safe_merge, adapter_names, _progress if progressbar else iter)
+        replication.separate(self.model)
         model = self.unload()
         if not ties.retie(model, groups):
             _untie(model)
@@ -130,7 +159,24 @@ class BaseTuner(nn.Module):
     def unload(self) -> nn.Module:
         """The base model without its adapters and wrappers."""
         lifecycle.unload(self.model)
+        replication.restore(self.model)
         return self.model
+
+
+class Before:
+    """What a model was before an injection, apart from what the plan itself takes back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.flags = [(p, p.requires_grad) for p in model.parameters()]
+        self.replicated = False
+
+    def restore(self) -> None:
+        """Bring it back."""
+        if self.replicated:
+            replication.restore(self.model)
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)
 
 
 def _untie(model: nn.Module) -> None:

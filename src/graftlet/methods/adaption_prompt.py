@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA-Adapter: gated attention to a soft prompt (arXiv 2303.16199).   attn(x) + W_o (g softmax(q K(P)^T / sqrt d) V(P))
+"""LLaMA-Adapter: gated attention to a prompt (arXiv 2303.16199).   attn(x) + W_o (g softmax(q K(P)^T / sqrt d) V(P))
 
 In the last layers, the block's own queries also attend to a prompt P `[1, tokens, hidden]` through the block's own keys
 and values; the gate g `[1]` starts at zero.

@@ -76,5 +76,5 @@ def inject_adapter_in_model(
     held = lifecycle.adapters_of(model)
     known = getattr(model, "peft_config", None)
     tuner.peft_config = dict(known) if isinstance(known, dict) else dict.fromkeys(held, peft_config)
-    tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False)
+    tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False, learn=True)
     return model

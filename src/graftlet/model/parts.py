@@ -8,11 +8,10 @@ from typing import cast
 from torch import nn
 
 from ..config import PeftConfig
-from ..core.host import hosts
+from ..core.context import Carrying
+from ..core.host import COMPILED, hosts
 from ..core.layer import AdaptedLayer
 from ..core.tuner import BaseTuner
-
-COMPILED = "_orig_mod"
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -20,6 +19,14 @@ def root_of(model: nn.Module) -> nn.Module:
     while COMPILED in model._modules:
         model = cast(nn.Module, model._modules[COMPILED])
     return model
+
+
+def carry_context(model: nn.Module) -> None:
+    """Let what a model recomputes in its backward see the call's context: its checkpoint functions take it along."""
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, Carrying):
+            module._gradient_checkpointing_func = Carrying(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def configs_of(model: nn.Module) -> dict[str, PeftConfig]:

@@ -21,10 +21,10 @@ from ..core import lifecycle
 from ..core.context import BASE, Call, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
-from ..core.tuner import BaseTuner
+from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
 from . import card, prompted, prompting, save, status
-from .parts import transformers_config
+from .parts import carry_context, transformers_config
 
 
 class PeftModel(nn.Module):
@@ -204,6 +204,8 @@ class PeftModel(nn.Module):
             yield
             return
         self._check_rows(rows, args, kwargs)
+        if self.training:
+            carry_context(self)
         with using(Call(tuple(rows))):
             yield
 
@@ -357,8 +359,9 @@ class PeftModel(nn.Module):
         _check_base(model, chosen, str(model_id))
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
         tensors = save.load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
-        with _undone_on_error(model):
-            made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
+        before = Before(model)
+        made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
+        with made._undone_on_error(before):
             save.load_verified(made, tensors, adapter_name, strict, str(model_id))
             made._loaded([adapter_name], chosen)
         return made
@@ -386,22 +389,36 @@ class PeftModel(nn.Module):
         config.inference_mode = not is_trainable
         _check_base(self.get_base_model(), config, str(model_id))
         tensors = save.load_peft_weights(model_id, torch_device, key_mapping, **kwargs)
+        before = Before(self.get_base_model())
         self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, _init=False)
-        try:
+        with self._undone_on_error(before):
             result = save.load_verified(self, tensors, adapter_name, strict, str(model_id))
-        except BaseException:
-            self.delete_adapter(adapter_name)
-            raise
-        self._loaded(self.active_adapters, self.peft_config[self.active_adapter])
+            self._loaded(self.active_adapters, self.peft_config[self.active_adapter])
         return result
 
     def _loaded(self, active: list[str], config: PeftConfig) -> None:
         """Tie again what the loaded tensors were tied to, and set what learns."""
-        if self.tuner is not None:
-            self.tuner.settle()
-            for name in self.tuner.peft_config:
-                relink(self.tuner.model, name)
-        self.set_adapter(active, config.inference_mode)
+        if self.tuner is None:
+            self.set_adapter(active, config.inference_mode)
+            return
+        self.tuner.settle()
+        for name in self.tuner.peft_config:
+            relink(self.tuner.model, name)
+
+    @contextmanager
+    def _undone_on_error(self, before: Before) -> Iterator[None]:
+        """Take an adapter that could not be loaded out again."""
+        try:
+            yield
+        except BaseException:
+            if self.tuner is not None:
+                self.tuner.abandon()
+            elif len(self.peft_config) > 1:
+                self.delete_adapter(list(self.peft_config)[-1])
+            else:
+                lifecycle.unload(self.base_model)
+            before.restore()
+            raise
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save into a temporary folder and upload it."""
@@ -442,21 +459,6 @@ class PeftModel(nn.Module):
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 """The class for each `task_type`; `tasks` fills it in."""
-
-
-@contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Take all wrappers out again where making or filling a `PeftModel` fails."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    had_adapters = bool(lifecycle.adapters_of(model))
-    try:
-        yield
-    except BaseException:
-        if not had_adapters:
-            lifecycle.unload(model)
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
-        raise
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -10,6 +10,7 @@ import os
 from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -195,8 +196,9 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         if path.suffix == ".safetensors":
             return load_file(path, device=str(device))
         loaded = torch.load(path, map_location=device, weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-        raise AdapterFileError(f"{path} cannot be read: {error}. It is damaged or not an adapter file.") from error
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise AdapterFileError(f"{path} cannot be read: {why} It is damaged or not an adapter file.") from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise AdapterFileError(f"{path} does not hold a dictionary of tensors; it is not an adapter file.")
     return loaded

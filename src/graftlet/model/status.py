@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ..config import PeftConfig
 from ..core.host import AdapterHost, hosts
 from ..core.layer import AdaptedLayer
 from ..core.replace import ModulesToSave
+from ..core.tuner import BaseTuner
 from ..errors import CallError
 from ..weights.storage import PLAIN
 from .parts import configs_of, root_of
@@ -67,7 +69,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
     Raises `CallError` where the model has none.
     """
-    root = _inner(model)
+    base = getattr(root_of(model), "base_model", None)
+    root = base if isinstance(base, BaseTuner) else _inner(model)
     found = [_layer(name, host) for name, host in hosts(root) if not isinstance(host, ModulesToSave)]
     if not found:
         raise CallError(f"{type(model).__name__} has no adapters on its layers; there is no status to show.")
@@ -101,10 +104,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     names = sorted({n for layer in layers for n in layer.available_adapters})
     learn, total = count(model)
+    configs = configs_of(model)
     return TunerModelStatus(
         base_model_type=type(root).__name__,
-        adapter_model_type=type(getattr(model, "base_model", None)).__name__,
-        peft_types={n: str(c.peft_type) for n, c in configs_of(model).items()},
+        adapter_model_type=_kind(configs),
+        peft_types={n: str(c.peft_type) for n, c in configs.items()},
         trainable_params=learn,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -116,6 +120,12 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         devices={n: sorted({d for x in layers for d in x.devices.get(n, [])}) for n in names},
         quantization_backend=_same([x.quantization_backend for x in layers], None),
     )
+
+
+def _kind(configs: dict[str, PeftConfig]) -> str:
+    """What the field calls the wrapper of a method: LoraModel for LoraConfig."""
+    first = next(iter(configs.values()), None)
+    return "None" if first is None else type(first).__name__.removesuffix("Config") + "Model"
 
 
 def _inner(model: nn.Module) -> nn.Module:
