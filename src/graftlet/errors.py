@@ -144,7 +144,7 @@ class HeadWarning(PeftWarning):
 
 
 class PatternWarning(PeftWarning, RuntimeWarning):
-    """A `rank_pattern` or `alpha_pattern` key matches no target."""
+    """A name in `target_modules`, or a key of `rank_pattern` or `alpha_pattern`, matches nothing."""
 
     code = "pattern-no-match"
 

@@ -40,9 +40,27 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "LILY": {"plain": {"r": 4}},
     "TRAINABLE_TOKENS": {"plain": {"token_indices": [7, 1, 3]}},
     "VERA": {"plain": {"r": 4}},
+    "BOFT": {
+        "plain": {"boft_block_size": 4},
+        "blocks": {"boft_block_num": 4, "boft_block_size": 0},
+        "butterfly": {"boft_block_size": 2, "boft_n_butterfly_factor": 3},
+    },
+    "DEFT": {
+        "plain": {"r": 3, "alpha": 5},
+        "qr": {"r": 3, "decomposition_method": "qr"},
+        "para": {"r": 3, "para": True},
+    },
+    "GLORA": {
+        "plain": {"r": 3},
+        "vector": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"},
+        "constant": {"config_A_B": "constant", "config_C": "none"},
+    },
+    "OSF": {"plain": {"effective_rank": 3}, "half": {}},
+    "PEANUT": {"plain": {"r": 4}, "deep": {"r": 4, "depth": 2, "act_fn": "gelu"}},
+    "SUPERTUNING": {"plain": {"sparsity": 0.5}, "supra": {"sparsity": 0.6, "r": 2, "select_top": False}},
 }  # fmt: skip
 
-UNNEUTRAL = {("HRA", "gram-schmidt"), ("HRA", "odd")}
+UNNEUTRAL = {("HRA", "gram-schmidt"), ("HRA", "odd"), ("DEFT", "para")}
 """Settings that change the model from the start although the method's default does not."""
 
 CROSSING = {("LORA", "grouped"), ("BEFT", "no-bias")}
@@ -61,6 +79,7 @@ REFUSED = {
     ("ROAD", "plain"): {"grouped"},
     ("ROAD", "road_4"): {"grouped"},
     ("IA3", "feedforward"): _EMBEDDINGS,
+    ("BOFT", "butterfly"): {"embedding", "scaled-embedding", "padded-embedding", "grouped"},
 }
 """Settings that a layer rightly refuses: they mean nothing there, or their values do not fit its shape."""
 

@@ -56,14 +56,16 @@ def equal_pair(case: Case, dtype: torch.dtype = torch.float32, in_place: bool = 
     pair = adapt(case, dtype, in_place)
     missing, unexpected = pair.ours.load_state_dict(pair.theirs.state_dict(), strict=False)
     assert not missing
-    assert not set(unexpected) - repeated(pair)
+    assert not set(unexpected) - surplus(pair)
     _copy_hidden(pair)
     return pair
 
 
-def repeated(pair: Pair) -> set[str]:
-    """What layers share, which the reference has in memory once more on each of them."""
-    return {f"{path}.{name}.default" for path, layer in layers(pair.ours).items() for name in layer.commons.get("default", ())}
+def surplus(pair: Pair) -> set[str]:
+    """What the reference has in memory beside what it needs: shared tensors once more on each layer, and dense zeros."""
+    repeated = {f"{path}.{name}.default" for path, layer in layers(pair.ours).items() for name in layer.commons.get("default", ())}
+    zeros = {key for key, t in pair.theirs.state_dict().items() if key.endswith(".zeros") and not t.any()}
+    return repeated | zeros
 
 
 def _copy_hidden(pair: Pair) -> None:
@@ -81,7 +83,7 @@ def test_keys_shapes_and_dtypes_in_memory(case: Case) -> None:
     pair = adapt(case)
     ours = {k: (tuple(t.shape), t.dtype) for k, t in pair.ours.state_dict().items()}
     theirs = {k: (tuple(t.shape), t.dtype) for k, t in pair.theirs.state_dict().items()}
-    assert ours == {k: t for k, t in theirs.items() if k not in repeated(pair)}
+    assert ours == {k: t for k, t in theirs.items() if k not in surplus(pair)}
     assert {n for n, p in pair.ours.named_parameters() if p.requires_grad} == {
         n for n, p in pair.theirs.named_parameters() if p.requires_grad
     }

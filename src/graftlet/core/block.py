@@ -59,6 +59,10 @@ class AdaptedBlock(AdapterHost):
         super().set_adapter(adapter_names, inference_mode)
         self._show(next((n for n in self._active if n in self.specs), None))
 
+    def follow(self, active: list[str]) -> None:
+        super().follow(active)
+        self._show(next((n for n in self._active if n in self.specs), None))
+
     def _show(self, name: str | None) -> None:
         """Let this adapter's tensors, and no other's, be the module's own."""
         if self._shown is not None and self._shown in self.specs:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import Names, PeftConfig
 from ..registry import Entry
 from ..weights.site import Parameter, Site
 from .block import AdaptedBlock, started
@@ -22,7 +22,7 @@ from .layer import AdaptedLayer, Branch, relink
 from .method import Block, Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place
-from .tensors import Common, as_held, attribute
+from .tensors import Common, as_held, attribute, split
 
 
 @dataclass
@@ -53,6 +53,8 @@ class Plan:
     entry: Entry
     name: str
     root: nn.Module
+    targets: Names | None = None
+    """`target_modules` as resolved for the model."""
     items: list[Item] = field(default_factory=list)
     commons: dict[str, tuple[Spec, Tensor]] = field(default_factory=dict)
     _homes: dict[int, list[tuple[nn.Module, str]]] | None = None
@@ -103,12 +105,13 @@ class Plan:
 
     def _apply_commons(self) -> None:
         boxes: dict[str, Common] = {}
-        for box_name, (spec, tensor) in self.commons.items():
+        for common_name, (spec, tensor) in self.commons.items():
+            box_name, entry = split(common_name)
             box = self.root._modules.get(box_name)
             if not isinstance(box, Common):
                 box = Common()
                 self.root.add_module(box_name, box)
-            box.attach(self.name, tensor, spec)
+            box.attach(self.name, entry or "", tensor, spec)
             boxes[box_name] = box
         for item in self.items:
             if boxes and isinstance(item.host, AdaptedLayer):

@@ -240,8 +240,11 @@ class AdaptedLayer(AdapterHost):
                 kept = tensor.dtype if spec.dtype is None else kept
                 tensor = tensor if dtype is None else tensor.to(dtype)
             values[called] = tensor
-        for called, common in self.commons.get(name, {}).items():
-            values[called] = common[name] if dtype is None else common[name].to(dtype)
+        shared = self.commons.get(name, {})
+        for called, common in shared.items():
+            held = common[name]
+            values[called] = held if dtype is None or isinstance(held, Leaf) else held.to(dtype)
+        values["shared"] = tuple(shared)
         return View(self.configs[name], self.site, dtype or kept, values)
 
     def check_together(self, names: list[str]) -> None:

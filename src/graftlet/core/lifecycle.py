@@ -134,7 +134,9 @@ def unmerge(model: nn.Module) -> None:
 
 def unload(model: nn.Module) -> None:
     """Take every wrapper out. What is merged stays in the weights; a merged replacement is the module from now on."""
-    for name, child in list(model.named_children()):
+    for name, child in list(model._modules.items()):  # each place, also of a module that stands in two
+        if child is None:
+            continue
         if isinstance(child, Common):
             delattr(model, name)
             continue

@@ -51,6 +51,7 @@ class View:
     """One adapter's tensors and settings on one layer.
 
     dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
+    shared: the names of what all layers of the adapter share.
     """
 
     config: PeftConfig
@@ -58,6 +59,7 @@ class View:
     dtype: torch.dtype
     key: str
     training: bool = False
+    shared: tuple[str, ...] = ()
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -136,6 +138,10 @@ class Method:
         """What is resolved a layer (rank, scaling, dropout): `layer.<name>[adapter]`. Raise where it cannot be."""
         return {}
 
+    def deal(self, config: PeftConfig, sites: Mapping[str, Site]) -> dict[str, dict[str, Any]]:
+        """Settings that depend on all layers together, by layer: its share of a budget, its number in their order."""
+        return {}
+
     def params(self, site: Site, p: View) -> dict[str, Spec]:
         """The tensors by name: `hra_u`, or `lora_A.weight` for one that has a module of its own in memory."""
         raise NotImplementedError
@@ -207,7 +213,7 @@ class Method:
         """`transform`, over each expert of a stack."""
         if not p.site.stack:
             return self.transform(p, W, b)
-        names = [n for n, v in p.__dict__.items() if isinstance(v, Tensor)]
+        names = [n for n, v in p.__dict__.items() if isinstance(v, Tensor) and n not in p.shared]
         tensors = [self.unstacked(n, p.__dict__[n], p.site.stack) for n in names]
 
         def one(W: Tensor, *parts: Tensor) -> Tensor:
@@ -315,6 +321,19 @@ def check_dropout(site: Site, key: str, name: str, rate: float) -> None:
     """Raise `ConfigError` where there is no input to drop from: the layer is adapted through its weight."""
     if site.opaque and rate:
         raise ConfigError(f"{name}={rate} cannot work on {key!r}, which is adapted through its weight; use 0.")
+
+
+class InputDropout(nn.Dropout):
+    """Dropout on what goes into an adapter; indices to look up pass as they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.is_floating_point() else input
+
+
+def input_dropout(site: Site, key: str, name: str, rate: float) -> nn.Module:
+    """Dropout on a layer's input, or the identity for rate 0. Raises as `check_dropout` does."""
+    check_dropout(site, key, name, rate)
+    return InputDropout(rate) if rate else nn.Identity()
 
 
 class Replace:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..errors import (
     ConfigError,
+    HeadWarning,
     NoMatchingPeftModuleError,
     PatternWarning,
     UnsupportedLayerError,
@@ -25,7 +27,7 @@ from .host import AdapterHost, Shell, bare
 from .inject import Item, Plan, Saved
 from .layer import Branch
 from .method import Block, Method, Replace, View
-from .target import HEADS, Place, by_pattern, matches, resolve, targets, walk
+from .target import HEADS_OF, Place, by_pattern, matches, resolve, targets, walk
 
 
 def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None = None) -> Plan:
@@ -42,7 +44,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
     made = Plan(model, config, entry, name, model if root is None else root)
     if issubclass(entry.method, Method):
         entry.method().complete(config, model)
-    found = _found(model, config, entry) if _has_modules(config) else []
+    found = _found(made) if _has_modules(config) else []
     together = config.ensure_weight_tying or (issubclass(entry.method, Method) and entry.method.follows_ties)
     if together:
         found += ties.partners(model, found)
@@ -54,6 +56,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
         made.items += _items(place, config, entry)
     for path in config.target_parameters or ():
         made.items += _parameter_items(model, path, config, entry)
+    _deal(made)
     made.items += [Item(p, None, None, Saved) for p in saved]
     tokens = token_items(model, config, {p.path for p in saved})
     _check_shells([*made.items, *tokens])
@@ -119,9 +122,11 @@ def _check_shells(items: list[Item]) -> None:
         )
 
 
-def _found(model: nn.Module, config: PeftConfig, entry: Entry) -> list[Place]:
+def _found(made: Plan) -> list[Place]:
+    model, config, entry = made.model, made.config, made.entry
     names = resolve(config, entry, model)
     if not issubclass(entry.method, Block):
+        made.targets = names
         return targets(model, config, names)
     if not isinstance(names, str):
         (config.target_modules,) = names  # one name, which is no regex; the file records it
@@ -191,11 +196,25 @@ def _parameter_items(model: nn.Module, wanted: str, config: PeftConfig, entry: E
     return items
 
 
+def _deal(made: Plan) -> None:
+    """Settle what depends on all layers together."""
+    held = {i.branch.key: (i.branch, i.site) for i in made.items if i.branch is not None and i.site is not None}
+    sites = {key: site for key, (_, site) in held.items()}
+    for method in {type(branch.method): branch.method for branch, _ in held.values()}.values():
+        for key, settings in method.deal(made.config, sites).items():
+            branch, site = held[key]
+            branch.settings.update(settings)
+            branch.specs = branch.method.params(site, _view(made.config, site, key, branch.settings))
+
+
+def _view(config: PeftConfig, site: Site, key: str, settings: dict[str, Any]) -> View:
+    return View(config, site, torch.float32, {**settings, "key": key})
+
+
 def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
     method: Method = entry.method().pick(site, config, path)
     settings = method.settings(site, config, path)
-    view = View(config, site, torch.float32, {**settings, "key": path})
-    return Branch(method, config, path, settings, method.params(site, view))
+    return Branch(method, config, path, settings, method.params(site, _view(config, site, path, settings)))
 
 
 def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
@@ -203,15 +222,20 @@ def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
     if not wanted:
         return []
     places = [p for p in walk(model) if matches(p.path, list(wanted))]
-    heads = [name for name in wanted if name in HEADS and any(matches(p.path, [name]) for p in places)]
-    for name in wanted:
-        if heads and name in HEADS:
-            continue  # a task names all that such a head may be called; a model has one of them
-        if not any(matches(p.path, [name]) for p in places):
-            ends = {p.path.rpartition(".")[2] for p in walk(model)}
-            raise NoMatchingPeftModuleError(
-                f"modules_to_save has {name!r}, which is no module of the model{nearest(name, ends) or '.'}"
-            )
+    idle = [name for name in wanted if not any(matches(p.path, [name]) for p in places)]
+    heads = HEADS_OF.get(str(config.task_type), ())  # all that such a head may be called; a model has one of them
+    if unknown := [name for name in idle if name not in heads]:
+        ends = {p.path.rpartition(".")[2] for p in walk(model)}
+        raise NoMatchingPeftModuleError(
+            f"modules_to_save has {unknown[0]!r}, which is no module of the model{nearest(unknown[0], ends) or '.'}"
+        )
+    if heads and all(head in idle for head in heads if head in wanted):
+        warn(
+            HeadWarning,
+            f"task_type={str(config.task_type)!r} trains the head along, but the model has no {' or '.join(heads)}; name "
+            "its head in modules_to_save.",
+            stacklevel=7,
+        )
     inside = {p.path for p in places}
     return [p for p in places if not any(p.path.startswith(f"{other}.") for other in inside)]
 

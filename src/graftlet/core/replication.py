@@ -8,6 +8,7 @@ to each of them takes memory. Merging gives every block weights of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,19 +18,16 @@ from ..errors import ConfigError, listing
 Ranges = Sequence[Sequence[int]]
 
 
-class Replicated(nn.ModuleList):
-    """The blocks of a replicated stack. original: the list that was here. facts: what the model's config said then."""
+@dataclass
+class Replicated:
+    """What stands on the list of a replicated stack, as `stack.replicated`.
 
-    def __init__(self, original: nn.ModuleList, ranges: Ranges) -> None:
-        self.order = [i for start, end in ranges for i in range(start, end)]
-        super().__init__(_twin(original[i]) for i in self.order)
-        for index, block in enumerate(self):
-            for module in block.modules():
-                if isinstance(module.__dict__.get("layer_idx"), int):
-                    module.layer_idx = index  # where a cache keeps this block's keys and values
-        self.original = [original]  # in a list: no submodule
-        self.facts: dict[str, Any] = {}
-        self.train(original.training)
+    original: the list that was here. order: which of its blocks each is. facts: what the model's config said then.
+    """
+
+    original: nn.ModuleList
+    order: list[int]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def replicate(model: nn.Module, ranges: Ranges | None, adapted: bool) -> bool:
@@ -42,16 +40,21 @@ def replicate(model: nn.Module, ranges: Ranges | None, adapted: bool) -> bool:
     if not ranges:
         return False
     parent, child, stack = _stack_of(model)
-    if isinstance(stack, Replicated) or adapted:
-        order = [i for start, end in ranges for i in range(start, end)]
-        if not isinstance(stack, Replicated) or stack.order != order:
+    order = [i for start, end in ranges for i in range(start, end)]
+    if adapted or "replicated" in vars(stack):
+        if "replicated" not in vars(stack) or vars(stack)["replicated"].order != order:
             raise ConfigError(
                 f"layer_replication={ranges!r} would rebuild the blocks under the adapters that are there; give it to "
                 "the first adapter, and the same to the others."
             )
         return False
     _check(ranges, len(stack))
-    made = Replicated(stack, ranges)
+    made = nn.ModuleList(_twin(stack[i]) for i in order).train(stack.training)
+    for index, block in enumerate(made):
+        for module in block.modules():
+            if isinstance(module.__dict__.get("layer_idx"), int):
+                module.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue]  where a cache keeps its part
+    made.__dict__["replicated"] = Replicated(stack, order)  # not as an attribute: the list is no submodule of it
     setattr(parent, child, made)
     _tell(model, made)
     return True
@@ -60,10 +63,10 @@ def replicate(model: nn.Module, ranges: Ranges | None, adapted: bool) -> bool:
 def restore(model: nn.Module) -> None:
     """Bring back the stack that was there before it was replicated; nothing where it was not."""
     for parent, child, stack in _found(model):
-        config = _config_of(model, len(stack))
-        for name, value in stack.facts.items():
+        config, before = _config_of(model, len(stack)), vars(stack)["replicated"]
+        for name, value in before.facts.items():
             setattr(config, name, value)
-        setattr(parent, child, stack.original[0])
+        setattr(parent, child, before.original)
 
 
 def separate(model: nn.Module) -> None:
@@ -79,7 +82,7 @@ def separate(model: nn.Module) -> None:
 
 def stack_path(model: nn.Module) -> str | None:
     """The path of the replicated stack of a model; None where there is none."""
-    return next((name for name, module in model.named_modules() if isinstance(module, Replicated)), None)
+    return next((name for name, module in model.named_modules() if "replicated" in vars(module)), None)
 
 
 def _own(tensor: Any, seen: set[int]) -> Any:
@@ -90,12 +93,12 @@ def _own(tensor: Any, seen: set[int]) -> Any:
     return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
 
 
-def _found(model: nn.Module) -> list[tuple[nn.Module, str, Replicated]]:
+def _found(model: nn.Module) -> list[tuple[nn.Module, str, nn.ModuleList]]:
     return [
         (parent, child, stack)
         for parent in model.modules()
         for child, stack in list(parent._modules.items())
-        if isinstance(stack, Replicated)
+        if isinstance(stack, nn.ModuleList) and "replicated" in vars(stack)
     ]
 
 
@@ -128,19 +131,18 @@ def _check(ranges: Ranges, depth: int) -> None:
             )
 
 
-def _tell(model: nn.Module, stack: Replicated) -> None:
+def _tell(model: nn.Module, stack: nn.ModuleList) -> None:
     """Bring the model's config up to date: how deep the model is, and what each block is."""
-    depth = len(stack.original[0])
+    made = vars(stack)["replicated"]
+    depth = len(made.original)
     config = _config_of(model, depth)
     if config is None:
         return
-    per_block = {
-        n: v for n, v in vars(config).items() if isinstance(v, list) and len(v) == depth and n == "layer_types"
-    }
-    stack.facts = {"num_hidden_layers": depth, **per_block}
+    kinds = getattr(config, "layer_types", None)
+    made.facts = {"num_hidden_layers": depth, **({} if kinds is None else {"layer_types": kinds})}
     config.num_hidden_layers = len(stack)
-    for name, values in per_block.items():
-        setattr(config, name, [values[i] for i in stack.order])
+    if kinds is not None:
+        config.layer_types = [kinds[i] for i in made.order]
 
 
 def _config_of(model: nn.Module, depth: int) -> Any:

@@ -7,7 +7,7 @@ made by cutting text out of another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -49,27 +49,34 @@ class Fit:
         return [f"{len(keys)} {kind}: {listing(keys, 4)}" for kind, keys in kinds.items() if keys]
 
 
-def slots(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> dict[str, Slot]:
-    """All that an adapter's file holds, by key."""
+def slots(
+    model: nn.Module, adapter: str, config: PeftConfig | None = None, given: Iterable[str] = ()
+) -> dict[str, Slot]:
+    """All that an adapter's file holds, by key; of what other writers put into it besides, what is `given`."""
     found: dict[str, Slot] = {}
-    for path, host in _saved_hosts(model, adapter):
+    for path, host in _saved_hosts(model, adapter, frozenset(given)):
         for key, tensor in host.state(adapter).items():
             found[f"{path}.{key}"] = Slot(tensor, host, key)
     for path, box in commons(model):
-        if adapter in box and box.specs[adapter].saved:
-            found[path] = Slot(box[adapter], box)
+        for entry, tensor in box.tensors(adapter).items():
+            if box.specs[adapter][entry].saved:
+                found[f"{path}.{entry}" if entry else path] = Slot(tensor, box, entry)
     if config is not None:
         found.update({path: Slot(bias) for path, bias in biases(model, config, adapter).items()})
     return found
 
 
-def _saved_hosts(model: nn.Module, adapter: str) -> Iterator[tuple[str, AdapterHost]]:
+def _saved_hosts(
+    model: nn.Module, adapter: str, given: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, AdapterHost]]:
     """The wrappers that stand in an adapter's file: rows of tokens that several layers share stand there once."""
     inner = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
     seen: set[int] = set()
     for path, host in hosts(model):
-        tensors = {id(t) for t in host.state(adapter).values()}
-        if tensors and not (id(host) in inner and tensors <= seen):
+        held = host.state(adapter)
+        tensors = {id(t) for t in held.values()}
+        again = id(host) in inner and tensors <= seen
+        if tensors and not (again and not any(f"{path}.{key}" in given for key in held)):
             yield path, host
         seen |= tensors
 

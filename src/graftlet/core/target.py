@@ -16,14 +16,18 @@ from typing import Any
 from torch import nn
 
 from ..config import Names, PeftConfig, TaskType
-from ..errors import ConfigError, NoMatchingPeftModuleError, listing, nearest
+from ..errors import ConfigError, NoMatchingPeftModuleError, PatternWarning, listing, nearest, warn
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
 from .host import bare, below
 
 ALL_LINEAR = "all-linear"
+LONG = 20
+"""How many paths it takes until `all-linear` is written out as endings of them."""
 HEADS = ("score", "classifier")
 """What the head of a classification model is called; `all-linear` leaves it alone, training copies it whole."""
+HEADS_OF = {"SEQ_CLS": HEADS, "TOKEN_CLS": HEADS, "QUESTION_ANS": ("qa_outputs",)}
+"""The heads that a task trains along with an adapter, by all names that they go by."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,17 @@ def matches(path: str, names: Names | None) -> bool:
         return False
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
+    if isinstance(names, (set, frozenset)):
+        return any(end in names for end in endings(path))
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def endings(path: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
 
 
 def layer_index(path: str, patterns: Iterable[str] | None) -> int | None:
@@ -87,7 +101,7 @@ def resolve(config: PeftConfig, entry: Entry, model: nn.Module) -> Names:
     """`target_modules` as names or a regex: `all-linear` written out, None filled from the method's table."""
     names = config.target_modules
     if isinstance(names, str) and names.lower() == ALL_LINEAR:
-        return all_linear(model, config)
+        return shortened(all_linear(model, config), [p.path for p in walk(model)])
     if names is not None:
         return names
     kind = model_type(model)
@@ -139,6 +153,14 @@ def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
     return names
 
 
+def shortened(paths: set[str], all_paths: Iterable[str]) -> set[str]:
+    """A long list of paths as the shortest endings that match them and nothing else."""
+    if len(paths) < LONG:
+        return paths
+    others = {end for path in all_paths if path not in paths for end in endings(path)}
+    return {next((end for end in reversed(list(endings(path))) if end not in others), path) for path in paths}
+
+
 def targets(model: nn.Module, config: PeftConfig, names: Names) -> list[Place]:
     """The places that a config means, in the model's order.
 
@@ -147,11 +169,38 @@ def targets(model: nn.Module, config: PeftConfig, names: Names) -> list[Place]:
     _check_regexes(config)
     places = list(walk(model))
     named = [p for p in places if matches(p.path, names)]
+    _check_layers(config, named)
     layered = [p for p in named if in_layers(p.path, config)]
     found = [p for p in layered if not matches(p.path, config.exclude_modules)]
+    if found and not isinstance(names, str):
+        _warn_of_idle(config, names, places)
     if found or config.target_parameters or (config.trainable_token_indices and not named and not names):
         return found
     raise NoMatchingPeftModuleError(_no_match(config, names, places, named, layered))
+
+
+def _check_layers(config: PeftConfig, named: list[Place]) -> None:
+    """Raise where `layers_to_transform` names blocks that are not there; what has no block at all, `_no_match` tells."""
+    wanted, pattern = config.layers_to_transform, config.layers_pattern
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    there = {i for p in named if (i := layer_index(p.path, patterns)) is not None}
+    beyond = sorted(set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)) if there else []
+    if beyond := [i for i in beyond if i not in there]:
+        raise ConfigError(
+            f"layers_to_transform has {listing(beyond)}, but the target modules stand in blocks "
+            f"{listing(sorted(there), 200)}."
+        )
+
+
+def _warn_of_idle(config: PeftConfig, names: Iterable[str], places: list[Place]) -> None:
+    """Name the `target_modules` that match nothing while others do: a slip, or a file of another base."""
+    idle = sorted(set(names) - {end for p in places for end in endings(p.path)})
+    if idle and config.target_modules is not None:
+        ends = {p.path.rpartition(".")[2] for p in places}
+        hint = nearest(idle[0].rpartition(".")[2], ends) or "."
+        warn(
+            PatternWarning, f"target_modules has {listing(map(repr, idle))}, which match no module{hint}", stacklevel=7
+        )
 
 
 def _no_match(config: PeftConfig, names: Names, places: list[Place], named: list[Place], layered: list[Place]) -> str:

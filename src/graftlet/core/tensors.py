@@ -73,33 +73,50 @@ class Box(nn.Module):
 
 
 class Common(Box):
-    """A tensor that all layers of an adapter share, held once at the root of the model: `vera_A.default`."""
+    """A tensor that all layers of an adapter share, held once at the root of the model: `vera_A.default`.
+
+    Several of one name stand in a leaf, by entry: `tinylora_v.default.0`. The entry of one alone is "".
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.specs: dict[str, Spec] = {}
+        self.specs: dict[str, dict[str, Spec]] = {}
 
-    def attach(self, adapter: str, tensor: Tensor, spec: Spec) -> None:
+    def attach(self, adapter: str, entry: str, tensor: Tensor, spec: Spec) -> None:
         """Hold an adapter's tensor."""
-        self.put(adapter, tensor, spec.persistent)
-        self.specs[adapter] = spec
+        self.specs.setdefault(adapter, {})[entry] = spec
+        if not entry:
+            self.put(adapter, tensor, spec.persistent)
+            return
+        if adapter not in self:
+            self.put(adapter, Leaf())
+        self[adapter].put(entry, tensor, spec.persistent)
 
     def forget(self, adapter: str) -> None:
         self.drop(adapter)
         self.specs.pop(adapter, None)
 
+    def tensor(self, adapter: str, entry: str) -> Tensor:
+        """One tensor of an adapter."""
+        return self[adapter][entry] if entry else self[adapter]
+
+    def tensors(self, adapter: str) -> dict[str, Tensor]:
+        """All tensors of an adapter, by entry."""
+        return {entry: self.tensor(adapter, entry) for entry in self.specs.get(adapter, ())}
+
     def assign(self, adapter: str, key: str, value: Tensor) -> None:
         """Fill an adapter's tensor from the file, in its own dtype and place."""
-        held, spec = self[adapter], self.specs[adapter]
+        held, spec = self.tensor(adapter, key), self.specs[adapter][key]
         if held.is_meta:
             made = as_held(value.to(dtype=held.dtype, copy=True), spec)
-            self.put(adapter, made.requires_grad_(held.requires_grad), spec.persistent)
+            self.attach(adapter, key, made.requires_grad_(held.requires_grad), spec)
         else:
             held.copy_(value)
 
     def set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
-        if adapter in self._parameters:
-            self[adapter].requires_grad_(requires_grad)
+        for tensor in self.tensors(adapter).values():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(requires_grad)
 
 
 class Leaf(nn.Module):

@@ -31,6 +31,7 @@ class BaseTuner(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.shared_in: list[nn.Module] = [self]  # where stands what an adapter's layers share; in a list: no submodule
         self.peft_config: dict[str, PeftConfig] = {}
         self.pending: tuple[Plan, Before] | None = None
         self.vocabulary = vocabulary(model)
@@ -75,11 +76,13 @@ class BaseTuner(nn.Module):
         before = Before(self.model)
         try:
             before.replicated = replication.replicate(self.model, config.layer_replication, adapted)
-            made = plan(self.model, config, name, self).build(meta, widen, init).apply()
+            made = plan(self.model, config, name, self.shared_in[0]).build(meta, widen, init).apply()
         except BaseException:
             before.restore()
             raise
         self.peft_config[name] = config
+        if made.targets is not None and "target_modules" in config.__dataclass_fields__:
+            config.target_modules = made.targets  # as every reader of the file will want it: written out
         if not adapted:
             lifecycle.mark_trainable(self.model, {})
         made.activate(active, not config.inference_mode and (learn or name in active or not init))

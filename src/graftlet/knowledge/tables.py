@@ -11,6 +11,9 @@ from ..registry import Entry, entries
 PAPER = re.compile(r"\(?(?:arXiv )?(\d{4}\.\d{4,5})\)?")
 
 
+LAWS = {"sum": "add up", "chain": "one after another", "one": "one at a time"}
+
+
 @dataclass(frozen=True)
 class Row:
     """One method as the tables show it."""
@@ -44,7 +47,7 @@ def row(entry: Entry) -> Row:
         paper=found[1] if found else None,
         family=entry.family,
         layers=", ".join(site.__name__ for site in entry.sites) or _where(entry.family),
-        several={"sum": "add up", "chain": "one after another", "one": "one at a time"}[getattr(entry.method, "law", "one")],
+        several=LAWS[getattr(entry.method, "law", "one")],
         merges=bool(entry.sites or entry.family == "Replace") and getattr(entry.method, "unmergeable", None) is None,
         config=entry.config.__name__,
     )
@@ -56,7 +59,8 @@ def _where(family: str) -> str:
 
 def methods_markdown() -> str:
     """The table of methods as Markdown."""
-    lines = ["| method | config | what it does | family | layers | several active | merges |", "|---|---|---|---|---|---|---|"]
+    heads = ("method", "config", "what it does", "family", "layers", "several active", "merges")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows():
         title = f"[{r.title}](https://arxiv.org/abs/{r.paper})" if r.paper else r.title
         shown = r.formula.replace("|", "\\|")  # a bar would end the cell

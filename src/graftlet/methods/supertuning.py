@@ -19,6 +19,7 @@ from ..config import PeftConfig, Saves, Targets
 from ..core.method import Delta, Spec, View, check_dropout
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.low_rank import through
 from .parts.sparse import applied, dense
 
 
@@ -101,12 +102,4 @@ class SuperTuning(Delta):
         if p.r is None:
             return y
         dropped = p.supertuning_lora_dropout(x) if x.is_floating_point() else x
-        return y + p.supertuning_scaling * low_rank(p, dropped)
-
-
-def low_rank(p: View, x: Tensor) -> Tensor:
-    """What B A gives. Each group of a convolution has its own inputs, which only the product can tell apart."""
-    A, B = p.supertuning_lora_A, p.supertuning_lora_B
-    if p.site.groups > 1:
-        return p.site.op(x, (B @ A).reshape(p.site.shape))
-    return p.site.mix(p.site.op(x, A.unflatten(1, (-1, *p.site.kernel))), B)
+        return y + p.supertuning_scaling * through(p.site, dropped, p.supertuning_lora_A, p.supertuning_lora_B)

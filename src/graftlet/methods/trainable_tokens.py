@@ -62,7 +62,10 @@ class TrainableTokens(Rewrite):
         vocabulary, dim = site.shape[::-1] if isinstance(site, Embedding) else site.shape
         beyond = [i for i in p.token_indices if i >= vocabulary]
         if beyond:
-            raise ConfigError(f"token_indices has {listing(beyond)}, but {p.key!r} has {vocabulary} tokens, from 0 up.")
+            raise ConfigError(
+                f"token_indices has {listing(beyond)}, but {p.key!r} has {vocabulary} tokens, from 0 up. Where tokens "
+                f"were added, call model.resize_token_embeddings({max(beyond) + 1}), or more, first."
+            )
         tokens = Spec((len(p.token_indices),), trainable=False, dtype=torch.int64, saved=False, persistent=False)
         return {ROWS: Spec((len(p.token_indices), dim)), "tokens": tokens}
 

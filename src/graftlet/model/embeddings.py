@@ -13,10 +13,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.host import bare
+from ..core.host import Shell, bare, hosts
 from ..core.layer import AdaptedLayer
 from ..core.state import Slot
-from ..errors import EmbeddingWarning, warn
+from ..core.target import vocabulary
+from ..core.tuner import BaseTuner
+from ..errors import BaseMismatchWarning, EmbeddingWarning, warn
 
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
@@ -26,33 +28,44 @@ def to_save(model: nn.Module, config: PeftConfig | None, choice: bool | Literal[
     if choice is False:
         return {}
     found = embedding_weights(model)
-    if choice is True:
-        if not found:
-            warn(EmbeddingWarning, "save_embedding_layers=True, but the model has no embedding layers that it names.")
-        return found
-    if resized(model, config):
-        warn(
-            EmbeddingWarning,
-            "the vocabulary was resized; the embedding layers are saved with the adapter.",
-            stacklevel=5,
-        )
-        return found
-    return {k: t for k, t in found.items() if k.endswith(".base_layer.weight")}
+    if choice is True and not found:
+        warn(EmbeddingWarning, "save_embedding_layers=True, but the model has no embedding layers that it names.", 5)
+    if choice is not True and found and resized(model, config):
+        warn(EmbeddingWarning, "the vocabulary was resized; the embedding layers are saved with the adapter.", 5)
+        choice = True
+    targeted = _targeted(model)
+    wanted = {**_once(found), **targeted} if choice is True else targeted
+    return {key: targeted.get(key, found[key]) for key in wanted if key in found}
 
 
 def embedding_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the model's input and output embeddings, by their place in it; a tied one once."""
-    found: dict[str, Tensor] = {}
+    """The weights of the model's input and output embeddings, by their place in it."""
     wanted = [m for m in (_ask(model, "get_input_embeddings"), _ask(model, "get_output_embeddings")) if m is not None]
     inner = {id(bare(m)) for m in wanted}
-    wrapped = {id(h.base_layer) for h in model.modules() if isinstance(h, AdaptedLayer)}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None) if id(module) in inner else None
-        if not isinstance(weight, Tensor):
-            continue
-        if any(t is weight for t in found.values()) and id(module) not in wrapped:
-            continue
-        found[f"{name}.weight"] = weight
+    found = {f"{name}.weight": getattr(m, "weight", None) for name, m in model.named_modules() if id(m) in inner}
+    return {key: weight for key, weight in found.items() if isinstance(weight, Tensor)}
+
+
+def _once(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of those that share a weight, the first."""
+    first: dict[int, str] = {}
+    for key, weight in found.items():
+        first.setdefault(id(weight), key)
+    return {key: found[key] for key in first.values()}
+
+
+def _targeted(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the embeddings that an adapter acts on as a whole, as they are without it."""
+    shells = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
+    found: dict[str, Tensor] = {}
+    for path, host in hosts(model):
+        if (
+            isinstance(host, AdaptedLayer)
+            and path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+            and id(host) not in shells
+        ):
+            kept = host.site.kept(host.original()[0]) if host.merged else host.site.weight
+            found[f"{path}.base_layer.weight"] = kept
     return found
 
 
@@ -62,7 +75,11 @@ def slots(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Slot]:
 
 
 def resized(model: nn.Module, config: PeftConfig | None) -> bool:
-    """Whether the vocabulary differs from that of the base that the adapter names, as far as that can be read here."""
+    """Whether the vocabulary is another than when the adapter was made, or than that of the base that it names (as far
+    as that can be read here)."""
+    remembered = next((m.vocabulary for m in model.modules() if isinstance(m, BaseTuner)), None)
+    if remembered is not None and remembered != vocabulary(model):
+        return True
     name = config.base_model_name_or_path if config is not None else None
     own = getattr(getattr(model, "config", None), "vocab_size", None)
     if not name or own is None:
@@ -71,9 +88,22 @@ def resized(model: nn.Module, config: PeftConfig | None) -> bool:
 
     try:
         base = AutoConfig.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:  # whatever is wrong with the base's files is no reason not to save an adapter
         return False
     return getattr(base, "vocab_size", own) != own
+
+
+def check_vocabulary(model: nn.Module, recorded: str | None, given: Mapping[str, Tensor], origin: str) -> None:
+    """Warn where an adapter was trained on another vocabulary, and brings no embeddings that would not fit either."""
+    own = vocabulary(model)
+    if recorded is None or own is None or recorded == str(own) or any(k in given for k in embedding_weights(model)):
+        return
+    warn(
+        BaseMismatchWarning,
+        f"{origin} was trained on a vocabulary of {recorded} tokens, the model has {own}. Where tokens were added, "
+        f"call model.resize_token_embeddings({recorded}) and give them the embeddings that they had.",
+        stacklevel=4,
+    )
 
 
 def vocabulary_hint(misshaped: list[str]) -> str:
@@ -86,6 +116,8 @@ def vocabulary_hint(misshaped: list[str]) -> str:
 def without_levels(given: Mapping[str, Tensor], wanted: Mapping[str, Slot], adapter: str) -> dict[str, Tensor]:
     """Keys as they stand in a file, also from writers that left a compiled model's or the adapter's level in them."""
     clean = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items()}
+    for key in [k for k in clean if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in clean]:
+        del clean[key]  # the reference writes such copies twice where the vocabulary was resized
     with_level = {_levelled(key, adapter): key for key in wanted}
     return {with_level.get(key, key) if key not in wanted else key: tensor for key, tensor in clean.items()}
 

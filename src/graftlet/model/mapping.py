@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..core import lifecycle
+from ..core.target import walk
 from ..core.tuner import BaseTuner
-from ..errors import ConfigError, HeadWarning, warn
+from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
 from .peft_model import PeftModel, base_name
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -71,10 +72,36 @@ def inject_adapter_in_model(
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} acts on a model's inputs, not in its layers; use get_peft_model.")
     if state_dict is not None:
-        peft_config.target_modules = sorted({k.rpartition(".lora_")[0] or k.rpartition(".")[0] for k in state_dict})
+        _target_keys(peft_config, model, state_dict)
     tuner = BaseTuner(model, {})
+    tuner.shared_in = [model]
     held = lifecycle.adapters_of(model)
     known = getattr(model, "peft_config", None)
     tuner.peft_config = dict(known) if isinstance(known, dict) else dict.fromkeys(held, peft_config)
     tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False, learn=True)
+    model.peft_config = tuner.peft_config  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
+
+
+def _target_keys(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> None:
+    """Let a config target the modules that have an adapter's tensors among `keys`."""
+    places = {p.path: p.bare for p in walk(model)}
+    found: set[str] = set()
+    for key in keys:
+        key = key.removeprefix("base_model.model.")
+        path = next((p for p in _above(key) if p in places), None)
+        if path is not None and key[len(path) + 1 :] not in places[path]._parameters and ".token_adapter." not in key:
+            found.add(path)
+    if not found:
+        raise NoMatchingPeftModuleError(
+            f"state_dict has no key of an adapter on a module of {type(model).__name__}: {listing(keys, 3) or 'empty'}."
+        )
+    config.target_modules = found
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _above(key: str) -> Iterator[str]:
+    """The paths above a key, the longest first."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key

@@ -21,9 +21,10 @@ from ..core import lifecycle
 from ..core.context import BASE, Call, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
+from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
-from . import card, prompted, prompting, save, status
+from . import card, embeddings, prompted, prompting, save, status
 from .parts import carry_context, transformers_config
 
 
@@ -309,10 +310,10 @@ class PeftModel(nn.Module):
             upload(folder, **kwargs)
 
     def _save(
-        self, name: str, folder: Path, safe: bool, embeddings: bool | Literal["auto"], kwargs: dict[str, Any]
+        self, name: str, folder: Path, safe: bool, with_embeddings: bool | Literal["auto"], kwargs: dict[str, Any]
     ) -> None:
         given = kwargs.get("state_dict")
-        tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=embeddings)
+        tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=with_embeddings)
         config = save.saved_config(self.peft_config[name])
         model = self.get_base_model()
         if config.base_model_name_or_path is None:
@@ -321,7 +322,9 @@ class PeftModel(nn.Module):
             config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         folder.mkdir(parents=True, exist_ok=True)
         if safe:
-            save.save_tensors(tensors, folder / save.SAFETENSORS_WEIGHTS_NAME)
+            rows = vocabulary(model)
+            facts = {} if rows is None else {save.VOCABULARY: str(rows)}
+            save.save_tensors(tensors, folder / save.SAFETENSORS_WEIGHTS_NAME, facts)
         else:
             torch.save({k: t.cpu().clone() for k, t in tensors.items()}, folder / save.WEIGHTS_NAME)
             (folder / save.SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
@@ -359,6 +362,8 @@ class PeftModel(nn.Module):
         _check_base(model, chosen, str(model_id))
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
         tensors = save.load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
+        recorded = save.recorded(model_id, save.VOCABULARY, **kwargs)
+        embeddings.check_vocabulary(model, recorded, tensors, str(model_id))
         before = Before(model)
         made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
         with made._undone_on_error(before):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core import state
 from ..core.host import check_known
+from ..core.layer import relink
 from ..core.lifecycle import adapters_of
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import find_file, settle
@@ -27,6 +28,9 @@ from .parts import configs_of, root_of
 
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+
+VOCABULARY = "vocab_size"
+"""In a file's metadata: how many tokens the base had."""
 
 LoadResult = namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
@@ -95,7 +99,7 @@ def set_peft_model_state_dict(
     if config is not None and config.is_prompt_learning:
         return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict))
     check_known([adapter_name], adapters_of(model))
-    wanted = state.slots(model, adapter_name, config)
+    wanted = state.slots(model, adapter_name, config, peft_model_state_dict)
     given = state.unpacked(model, adapter_name, embeddings.without_levels(peft_model_state_dict, wanted, adapter_name))
     wanted.update(embeddings.slots(model, given))
     report = state.fit(wanted, given)
@@ -117,7 +121,7 @@ def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str,
     if config.is_prompt_learning:
         report = prompting.misfit(model, adapter, tensors)
     else:
-        wanted = state.slots(model, adapter, config)
+        wanted = state.slots(model, adapter, config, tensors)
         tensors = state.unpacked(model, adapter, embeddings.without_levels(tensors, wanted, adapter))
         report = state.fit({**wanted, **embeddings.slots(model, tensors)}, tensors)
     complaints = report.complaints()
@@ -133,6 +137,7 @@ def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str,
     if strict:
         state.check_finite(tensors, origin)
     result = set_peft_model_state_dict(model, tensors, adapter)
+    relink(model, adapter)
     _fill_missing(model, adapter, report.missing)
     return result
 
@@ -165,9 +170,7 @@ def load_peft_weights(
     Raises:
         AdapterFileError: there is no such file, it is damaged, or it is a pickle and those are not allowed.
     """
-    path = weights_file(model_id, subfolder, allow_pickle, **hub)
-    tensors = read_tensors(path, device or "cpu")
-    return rename(tensors, key_mapping)
+    return rename(read_tensors(weights_file(model_id, subfolder, allow_pickle, **hub), device or "cpu"), key_mapping)
 
 
 def weights_file(source: str | os.PathLike[str], subfolder: str | None, allow_pickle: bool, **hub: Any) -> Path:
@@ -241,6 +244,18 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         settle(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def recorded(source: str | os.PathLike[str], fact: str, subfolder: str | None = None, **hub: Any) -> str | None:
+    """A fact that stands in the metadata of an adapter's file; None where it does not, or the file has none."""
+    from safetensors import safe_open
+
+    hub.pop("allow_pickle", None)
+    path = weights_file(source, subfolder, allow_pickle=True, **hub)
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get(fact)
 
 
 def header_of(source: Path) -> dict[str, Tensor]:

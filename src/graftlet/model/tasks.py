@@ -12,21 +12,21 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..config import PeftConfig
+from ..core.target import HEADS_OF
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
 
 class _TaskModel(PeftModel):
-    heads: ClassVar[tuple[str, ...]] = ()
-    """The names that the head of such a model goes by."""
+    task: ClassVar[str] = ""
 
     def __init__(
         self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", *args: Any, **kwargs: Any
     ) -> None:
-        add_heads(peft_config, self.heads)
+        self._prepare(peft_config)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare(self, config: PeftConfig) -> None:
-        add_heads(config, self.heads)
+        add_heads(config, HEADS_OF.get(self.task, ()))
 
 
 def add_heads(config: PeftConfig, heads: tuple[str, ...]) -> None:
@@ -39,19 +39,19 @@ def add_heads(config: PeftConfig, heads: tuple[str, ...]) -> None:
 class PeftModelForSequenceClassification(_TaskModel):
     """A classifier of whole sequences."""
 
-    heads = ("classifier", "score")
+    task = "SEQ_CLS"
 
 
 class PeftModelForTokenClassification(_TaskModel):
     """A classifier of tokens."""
 
-    heads = ("classifier", "score")
+    task = "TOKEN_CLS"
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
     """A model that marks an answer's start and end."""
 
-    heads = ("qa_outputs",)
+    task = "QUESTION_ANS"
 
 
 class PeftModelForCausalLM(_TaskModel):

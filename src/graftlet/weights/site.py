@@ -74,6 +74,11 @@ class Site:
         return ()
 
     @property
+    def columns(self) -> int:
+        """The inputs of one output: the width of the weight as a matrix `[out, columns]`."""
+        return self.shape[2 if self.stack else 1 :].numel()
+
+    @property
     def has_bias(self) -> bool:
         return self.bias is not None and getattr(self.module, self.bias, None) is not None
 
@@ -92,8 +97,11 @@ class Site:
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """Weight `[out, in, *kernel]` and bias `[out]` or None, in floating point."""
-        bias = getattr(self.module, cast(str, self.bias)) if self.has_bias else None
-        return self.canonical(self.storage.read(self.module, self.name)), bias
+        return self.canonical(self.storage.read(self.module, self.name)), self.read_bias()
+
+    def read_bias(self) -> Tensor | None:
+        """The bias `[out]`, where there is one."""
+        return getattr(self.module, cast(str, self.bias)) if self.has_bias else None
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Keep another weight and bias. Raises `MergeError` where the layer has no room for them."""

@@ -20,10 +20,25 @@ def applied(x: Tensor, values: Tensor, places: Tensor, site: Site) -> Tensor:
 
     Few inputs are gathered place by place; for many, one dense product is faster than all those reads.
     """
-    many = x[..., 0].numel() * values.numel() > site.weight.numel()
-    if many or site.kernel or not x.is_floating_point():
+    if not few(x, values, site):
         return site.op(x, dense(values, places, site))
-    rows, columns = places // site.columns, places % site.columns
+    return scattered(x, values, places // site.columns, places % site.columns, site.features_out)
+
+
+def few(x: Tensor, values: Tensor, site: Site) -> bool:
+    """Whether to go place by place: there are few inputs, and each is a row."""
+    return not site.kernel and x.is_floating_point() and x[..., 0].numel() * values.numel() <= site.weight.numel()
+
+
+def scattered(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, height: int) -> Tensor:
+    """A matrix of `height` rows on x, place by place."""
     picked = x.index_select(-1, columns) * values
-    shape = (*x.shape[:-1], site.features_out)
+    shape = (*x.shape[:-1], height)
     return torch.zeros(shape, dtype=picked.dtype, device=picked.device).index_add(-1, rows, picked)
+
+
+def seeded_places(count: int, among: int, seed: int | None, stack: int = 0) -> Tensor:
+    """The first `count` of a permutation of `among` places, the same for the same seed; one after another for a stack."""
+    generator = None if seed is None else torch.Generator("cpu").manual_seed(seed)
+    drawn = [torch.randperm(among, generator=generator)[:count] for _ in range(max(1, stack))]
+    return torch.stack(drawn) if stack else drawn[0]

@@ -8,11 +8,7 @@ that one number, and spread along v again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import Literal
 
 from ...core.method import Spec, View
 from ...errors import ConfigError

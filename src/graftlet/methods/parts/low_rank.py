@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of thin matrices on any layer."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ...core.method import Delta, View
+from ...weights.site import Site
+
+
+class LowRank(Delta):
+    """dW = B A, however the two are made. A subclass gives `factors`."""
+
+    def factors(self, p: View) -> tuple[Tensor, Tensor]:
+        """A `[r, columns]` and B `[out, r]`."""
+        raise NotImplementedError
+
+    def delta(self, p: View) -> Tensor:
+        A, B = self.factors(p)
+        return shaped(p.site, B @ A)
+
+    def update(self, p: View, x: Tensor) -> Tensor:
+        return through(p.site, x, *self.factors(p))
+
+
+def through(site: Site, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The site's operation with the weight B A, of B `[out, r]` and A `[r, columns]`.
+
+    Each group of a convolution has its own inputs, which A cannot tell apart: there the product is made.
+    """
+    if site.groups > 1:
+        return site.op(x, (B @ A).reshape(site.shape))
+    return site.mix(site.op(x, A.unflatten(1, (-1, *site.kernel))), B)
+
+
+def shaped(site: Site, matrix: Tensor) -> Tensor:
+    """A matrix `[out, columns]` in the shape of a site's weight (of one expert's, in a stack)."""
+    return matrix.reshape(site.shape[1:] if site.stack else site.shape)
+
+
+def kaiming(factor: Tensor, stack: int = 0, inputs: int | None = None) -> Tensor:
+    """A factor filled evenly up to 1 / sqrt(inputs), as a new linear layer's weight is.
+
+    inputs: of one output; all dimensions but the first (of one expert's) unless given.
+    """
+    return factor.uniform_(-1, 1).div_(math.sqrt(inputs or math.prod(factor.shape[2 if stack else 1 :])))
