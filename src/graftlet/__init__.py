@@ -33,6 +33,7 @@ _HOMES = {
     "methods.glora": "GloraConfig",
     "methods.osf": "OSFConfig",
     "methods.peanut": "PeanutConfig",
+    "methods.poly": "PolyConfig",
     "methods.supertuning": "SupertuningConfig",
     "methods.prompts.prompt_tuning": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "methods.prompts.prefix_tuning": "PrefixTuningConfig PrefixEncoder",

@@ -8,7 +8,7 @@ gradient checkpointing happens after the call has returned; `carrying` brings th
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,8 @@ class Call:
 
     rows: tuple[str, ...] | None = None
     alone: str | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    """What the call carries for methods that ask for it (`Method.carries`), by name: an entry a row of the batch."""
     known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
     """Groups found so far: the layers of a model ask for the same ones."""
 
@@ -44,6 +46,18 @@ class Call:
         if (count, device) not in self.known:
             self.known[count, device] = self._found(rows, count, device)
         return self.known[count, device]
+
+    def value(self, name: str, count: int) -> Tensor | None:
+        """What is carried under a name, for an input of `count` rows; None where nothing fits."""
+        carried = self.values.get(name)
+        if carried is None or not len(carried) or count % len(carried):
+            return None
+        return carried if count == len(carried) else carried.repeat_interleave(count // len(carried), 0)
+
+    def part(self, name: str, index: Tensor, count: int) -> Call:
+        """The context of some of `count` rows, which one adapter serves."""
+        values = {n: v.index_select(0, index.to(v.device)) for n in self.values if (v := self.value(n, count)) is not None}
+        return Call(alone=name, values=values)
 
     def _found(self, rows: tuple[str, ...], count: int, device: torch.device) -> list[tuple[str, Tensor]]:
         repeat, found = count // len(rows), dict[str, list[int]]()

@@ -318,7 +318,7 @@ class AdaptedLayer(AdapterHost):
                 raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
             names = [name] if name != BASE and name in self.methods else []
             rows = self.site.select(x, index)
-            with using(Call(alone=name)):
+            with using(call.part(name, index, index.numel() if count is None else count)):
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 

@@ -115,6 +115,7 @@ class Method:
     reads_weight: `transform` depends on the weight it is given, so the storage must be readable.
     unmergeable: why merging is refused; None where it is not. unmixable: why a batch of several adapters' rows is.
     follows_ties: layers that share a target's weight are adapted along with it.
+    carries: arguments of a model's call that are for the method: taken out of it, and found in `context.current()`.
     """
 
     law: ClassVar[Literal["sum", "chain", "one"]] = "sum"
@@ -122,6 +123,7 @@ class Method:
     unmergeable: ClassVar[str | None] = None
     unmixable: ClassVar[str | None] = None
     follows_ties: ClassVar[bool] = False
+    carries: ClassVar[tuple[str, ...]] = ()
     exact_start: ClassVar[bool] = True
     """A new adapter changes nothing until it is trained."""
 

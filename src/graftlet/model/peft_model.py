@@ -24,6 +24,7 @@ from ..core.layer import relink
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
+from ..registry import lookup
 from . import card, embeddings, prompted, prompting, save, status
 from .parts import carry_context, transformers_config
 
@@ -185,7 +186,8 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output.
 
-        adapter_names: an adapter for each row of the batch (`"__base__"` for none), whatever is active.
+        adapter_names: an adapter for each row of the batch (`"__base__"` for none), whatever is active. What a method
+            reads of a call, as Poly its `task_ids`, is given by name and goes to the layers alone.
         """
         with self._call(adapter_names, args, kwargs):
             if self.tuner is None:
@@ -201,14 +203,21 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def _call(self, rows: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        if rows is None:
+        values = {n: v for n in self._carried() if (v := kwargs.pop(n, None)) is not None}
+        if rows is None and not values:
             yield
             return
-        self._check_rows(rows, args, kwargs)
+        if rows is not None:
+            self._check_rows(rows, args, kwargs)
         if self.training:
             carry_context(self)
-        with using(Call(tuple(rows))):
+        with using(Call(None if rows is None else tuple(rows), values=values)):
             yield
+
+    def _carried(self) -> set[str]:
+        """The arguments of a call that are for methods on layers."""
+        kinds = [] if self.tuner is None else [lookup(c.peft_type).method for c in self.peft_config.values()]
+        return {name for kind in kinds for name in getattr(kind, "carries", ())}
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
         if self.tuner is None:
