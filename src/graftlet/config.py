@@ -107,6 +107,8 @@ class PeftConfig:
     peft_type_name: ClassVar[str] = ""
     is_prompt_learning: ClassVar[bool] = False
     not_saved: ClassVar[tuple[str, ...]] = ("runtime_config",)
+    reads_patterns: ClassVar[bool] = True
+    """The keys of `rank_pattern` and `alpha_pattern`, where there are such fields, name ends of paths."""
 
     if TYPE_CHECKING:
         target_modules: Names | None

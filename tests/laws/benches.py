@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D as TransposedLinear
 
-from graftlet.core.host import hosts
+from graftlet.core.host import commons, hosts
 from graftlet.core.layer import AdaptedLayer
 from graftlet.weights import site as sites
 
@@ -102,6 +102,13 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def biased(layer: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    """With biases as training leaves them: new ones are zero, so that what multiplies them does nothing."""
+    for bias in (layer.in_proj_bias, layer.out_proj.bias):
+        nn.init.normal_(bias, std=0.2)
+    return layer
+
+
 def _rows() -> tuple[Tensor, ...]:
     return (torch.randn(BATCH, 3, INNER),)
 
@@ -131,7 +138,7 @@ BENCHES: dict[str, Bench] = {
         Bench(
             "attention",
             sites.Attention,
-            lambda: nn.MultiheadAttention(INNER, 2, batch_first=True),
+            lambda: biased(nn.MultiheadAttention(INNER, 2, batch_first=True)),
             _attention,
         ),
         Bench(
@@ -163,7 +170,7 @@ BENCHES: dict[str, Bench] = {
         Bench(
             "attention-time-first",
             sites.Attention,
-            lambda: nn.MultiheadAttention(INNER, 2),
+            lambda: biased(nn.MultiheadAttention(INNER, 2)),
             lambda: tuple(torch.randn(5, BATCH, INNER) for _ in range(3)),
             batch=1,
             common=False,
@@ -185,15 +192,20 @@ def layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {path: host for path, host in hosts(model) if isinstance(host, AdaptedLayer)}
 
 
+def learning(model: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """All that an adapter trains in layers, in a fixed order: what each layer has, then what they share."""
+    own = [h.trainable(adapter) for _, h in hosts(model) if adapter in h.adapters]
+    found = [tensors[key] for tensors in own for key in sorted(tensors)]
+    shared = [box.tensors(adapter) for _, box in commons(model)]
+    return found + [t for tensors in shared for t in tensors.values() if isinstance(t, nn.Parameter)]
+
+
 @torch.no_grad()
 def perturb(model: nn.Module, adapter: str = "default", seed: int = 2, by: float = 0.2) -> None:
     """Move all that an adapter trains away from where it started, as training would."""
     with seeded(seed):
-        for _, host in hosts(model):
-            if adapter in host.adapters:
-                for key in sorted(host.trainable(adapter)):
-                    tensor = host.trainable(adapter)[key]
-                    tensor.add_(torch.randn(tensor.shape) * by)
+        for tensor in learning(model, adapter):
+            tensor.add_(torch.randn(tensor.shape) * by)
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

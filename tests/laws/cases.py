@@ -40,6 +40,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "LILY": {"plain": {"r": 4}},
     "TRAINABLE_TOKENS": {"plain": {"token_indices": [7, 1, 3]}},
     "VERA": {"plain": {"r": 4}},
+    "ADALORA": {"plain": {"init_r": 4, "target_r": 2, "total_step": 10}},
     "BOFT": {
         "plain": {"boft_block_size": 4},
         "blocks": {"boft_block_num": 4, "boft_block_size": 0},
@@ -57,6 +58,55 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "OSF": {"plain": {"effective_rank": 3}, "half": {}},
     "PEANUT": {"plain": {"r": 4}, "deep": {"r": 4, "depth": 2, "act_fn": "gelu"}},
+    "LOHA": {"plain": {"r": 2}, "dense": {"r": 4}, "core": {"r": 2, "use_effective_conv2d": True}},
+    "LOKR": {
+        "plain": {"r": 1},
+        "whole": {"r": 4},
+        "both": {"r": 1, "decompose_both": True, "use_effective_conv2d": True},
+        "factor": {"r": 1, "decompose_factor": 2, "init_weights": "lycoris"},
+    },
+    "DELORA": {"plain": {"r": 3, "delora_lambda": 4}},
+    "GRALORA": {"plain": {"r": 4, "alpha": 6}, "hybrid": {"r": 4, "hybrid_r": 2, "alpha": 6}},
+    "MISS": {
+        "plain": {"r": 4},
+        "uneven": {"r": 3},
+        "mini": {"r": 4, "mini_r": 2, "init_weights": "mini"},
+        "bat": {"r": 2, "init_weights": "bat"},
+    },
+    "C3A": {"plain": {"block_size": 2}, "zeros": {"block_size": 2, "init_weights": True}},
+    "FOURIERFT": {
+        "plain": {"n_frequency": 12, "scaling": 5.0},
+        "many": {"n_frequency": 60, "scaling": 5.0, "init_weights": True},
+    },
+    "WAVEFT": {
+        "plain": {"n_frequency": 12, "scaling": 3.0},
+        "longer": {"n_frequency": 60, "scaling": 3.0, "wavelet_family": "db3"},
+        "places": {"n_frequency": 12, "scaling": 3.0, "use_idwt": False},
+        "shares": {"n_frequency": 10, "scaling": 3.0, "proportional_parameters": True, "wavelet_family": "sym2"},
+    },
+    "PSOFT": {
+        "plain": {"r": 4},
+        "series": {"r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 0.5, "ab_svd_init": "pissa_init"},
+        "free": {"r": 4, "psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
+        "lowrank": {"r": 4, "psoft_svd": "lowrank", "psoft_mag_a": False},
+    },
+    "TINYLORA": {"plain": {"u": 4}, "seeded": {"u": 4, "save_projection": False, "weight_tying": 0.5}},
+    "RANDLORA": {
+        "plain": {"r": 3, "randlora_alpha": 2},
+        "seeded": {"r": 3, "randlora_alpha": 2, "save_projection": False},
+        "sparse": {"r": 3, "randlora_alpha": 2, "sparse": True},
+        "very sparse": {"r": 3, "randlora_alpha": 2, "very_sparse": True},
+    },
+    "PVERA": {"plain": {"r": 4}, "seeded": {"r": 4, "save_projection": False}},
+    "VBLORA": {
+        "plain": {"r": 2, "num_vectors": 6, "vector_length": 2, "init_vector_bank_bound": 1.0},
+        "topk": {"r": 2, "num_vectors": 6, "vector_length": 2, "topk": 3, "save_only_topk_weights": True},
+    },
+    "UNILORA": {
+        "plain": {"r": 2, "theta_d_length": 12},
+        "saved": {"r": 2, "theta_d_length": 300, "save_indices": True},
+    },
+    "POLY": {"plain": {"r": 2}, "split": {"r": 2, "n_splits": 2}},
     "SUPERTUNING": {"plain": {"sparsity": 0.5}, "supra": {"sparsity": 0.6, "r": 2, "select_top": False}},
 }  # fmt: skip
 
@@ -79,7 +129,9 @@ REFUSED = {
     ("ROAD", "plain"): {"grouped"},
     ("ROAD", "road_4"): {"grouped"},
     ("IA3", "feedforward"): _EMBEDDINGS,
-    ("BOFT", "butterfly"): {"embedding", "scaled-embedding", "padded-embedding", "grouped"},
+    ("PVERA", "plain"): {"grouped"},
+    ("PVERA", "seeded"): {"grouped"},
+    ("BOFT", "butterfly"): _EMBEDDINGS | {"grouped", "experts", "experts-transposed"},
 }
 """Settings that a layer rightly refuses: they mean nothing there, or their values do not fit its shape."""
 

@@ -22,7 +22,7 @@ from graftlet.errors import CallError, ConfigError, GraftletError, MergeError
 from graftlet.model.peft_model import PeftModel
 from graftlet.weights.site import Attention, Parameter
 
-from .benches import BATCH, layers, near, perturb, seeded, snapshot
+from .benches import BATCH, layers, learning, near, perturb, seeded, snapshot
 from .cases import REBASED, UNNEUTRAL, Case, cases
 
 pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
@@ -123,11 +123,11 @@ def test_only_declared_tensors_get_gradients(case: Case) -> None:
     with seeded(6):
         y = model(*case.bench.example())
         (y * torch.randn_like(y)).sum().backward()
-    learning = {id(p) for _, h in hosts(model) for p in h.trainable("default").values()}
-    assert learning
+    taught = {id(p) for p in learning(model, "default")}
+    assert taught
     for name, parameter in model.named_parameters():
         reached = parameter.grad is not None
-        assert reached == (id(parameter) in learning) == parameter.requires_grad, name
+        assert reached == (id(parameter) in taught) == parameter.requires_grad, name
         assert not reached or parameter.grad.isfinite().all(), name
         assert not reached or parameter.grad.any(), f"{name} has a zero gradient"
 
@@ -200,7 +200,7 @@ def test_adapters_on_a_half_precision_base(case: Case, dtype: torch.dtype) -> No
     y = run(model, case, dtype)
     assert y.dtype == base_output(case, dtype).dtype
     if weighted(case):
-        kinds = {t.dtype for h in layers(model).values() for t in h.trainable("default").values()}
+        kinds = {t.dtype for t in learning(model, "default")}
         assert kinds == {SINGLE}
     if weighted(case) and mergeable(case):
         weights = {k: h.merged_weight(["default"]) for k, h in layers(model).items()}

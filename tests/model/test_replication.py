@@ -13,7 +13,23 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import graftlet
 from graftlet.errors import ConfigError, GraftletError
 from tests.model.models import (
-    IDS, SIZES, Build, adapted, bert, facts, falcon, gpt2, learning, llama, load, logits, lora, same, save, silent, t5,
+    IDS,
+    SIZES,
+    Build,
+    adapted,
+    bert,
+    facts,
+    falcon,
+    gpt2,
+    learning,
+    llama,
+    load,
+    logits,
+    lora,
+    same,
+    save,
+    silent,
+    t5,
 )  # fmt: skip
 
 peft = pytest.importorskip("peft")

@@ -12,7 +12,21 @@ import pytest
 import graftlet
 from graftlet.errors import HeadWarning, PatternWarning
 from tests.model.models import (
-    IDS, Build, Net, adapted, bert, gpt2, learning, llama, load, logits, lora, move, save, silent, t5,
+    IDS,
+    Build,
+    Net,
+    adapted,
+    bert,
+    gpt2,
+    learning,
+    llama,
+    load,
+    logits,
+    lora,
+    move,
+    save,
+    silent,
+    t5,
 )  # fmt: skip
 
 peft = pytest.importorskip("peft")
@@ -26,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bias-all": {"bias": "all"},
     "bias-of-adapted": {"bias": "lora_only"},
     "bias-and-copy": {"bias": "all", "modules_to_save": ["dense", "mlp"]},
-    "excluded-names": {"exclude_modules": ["0.self_attn.q_proj", "0.attention.self.query", "0.attn.c_attn", "0.SelfAttention.q"]},
+    "excluded-names": {"exclude_modules": ["0.self_attn.q_proj", "0.attention.self.query", "0.attn.c_attn"]},
     "excluded-regex": {"exclude_modules": r".*\.0\..*"},
     "one-block": {"layers_to_transform": 1},
     "blocks": {"layers_to_transform": [0, 1]},
@@ -55,7 +69,9 @@ def test_the_same_layers_are_adapted(build: Build, case: str) -> None:
     assert theirs.get_nb_trainable_parameters() == ours.get_nb_trainable_parameters()
     with silent():
         theirs_saved, ours_saved = peft.get_peft_model_state_dict(theirs), graftlet.get_peft_model_state_dict(ours)
-    assert {k: v.shape for k, v in theirs_saved.items()} == {k: v.shape for k, v in ours_saved.items()}
+    twice = (".original_module.", ".modules_to_save.")  # the reference writes the biases of copies three times
+    wanted = {k: v.shape for k, v in theirs_saved.items() if not any(level in k for level in twice)}
+    assert wanted == {k: v.shape for k, v in ours_saved.items()}
 
 
 @pytest.mark.parametrize(("case", "blocks"), [("defaults", 3), ("all-linear", 3), ("all-linear", 6), ("regex", 3)])
@@ -86,6 +102,15 @@ def test_trained_biases_go_both_ways(build: Build, bias: str, tmp_path: Path) ->
         save(model, tmp_path)
         assert logits(load(build(), tmp_path, there)).allclose(logits(model), atol=1e-6)
     assert not logits(model).equal(logits(build()))
+
+
+def test_biases_beside_copies_go_both_ways(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier"]}
+    for here, there in ((peft, graftlet), (graftlet, peft), (graftlet, graftlet)):
+        model = adapted(bert(), lora(here, **values), here)
+        move(model)
+        save(model, tmp_path)
+        assert logits(load(bert(), tmp_path, there)).allclose(logits(model), atol=1e-6)
 
 
 def test_only_one_adapter_trains_the_biases() -> None:
@@ -121,7 +146,3 @@ def test_copies_of_several_adapters(tmp_path: Path) -> None:
     model.delete_adapter("other")
     assert logits(model).equal(first)
     assert type(model.merge_and_unload().classifier).__name__ == "Linear"
-
-
-
-

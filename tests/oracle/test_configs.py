@@ -39,7 +39,7 @@ def test_fields_and_defaults_are_the_references(entry: Entry) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_saved_config_reads_the_same_in_both(entry: Entry, tmp_path: Any) -> None:
-    values = {"trainable_tokens": {"token_indices": [1]}, "ia3": {"feedforward_modules": ["v"]}}.get(entry.name.lower(), {})
+    values = {"trainable_tokens": {"token_indices": [1]}, "ia3": {"feedforward_modules": ["v"]}, "adalora": {"total_step": 9}}.get(entry.name.lower(), {})
     names = {f.name for f in dataclasses.fields(entry.config)}
     if "target_modules" in names:
         values = {**values, "target_modules": "v" if entry.name == "ADAPTION_PROMPT" else ["v", "q"]}

@@ -8,12 +8,14 @@ wrappers in place; `Plan.undo` takes out what `apply` put in.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..config import Names, PeftConfig
+from ..errors import ConfigError
 from ..registry import Entry
 from ..weights.site import Parameter, Site
 from .block import AdaptedBlock, started
@@ -146,7 +148,7 @@ class Plan:
         """Let new wrappers follow the adapters that are active, and the new adapter learn or not."""
         for item in self.items:
             if item.host is not None:
-                if item.made:
+                if item.made or not item.host.active_adapters:
                     item.host.follow(active)
                 item.host.set_requires_grad(self.name, learn)
         for _, box in commons(self.root):
@@ -211,7 +213,17 @@ def adapter_dtype(kept: Tensor, widen: bool) -> torch.dtype:
 
 
 def _empty(shape: tuple[int, ...], spec: Spec, kept: Tensor, meta: bool, widen: bool) -> Tensor:
-    return torch.empty(shape, dtype=spec.dtype or adapter_dtype(kept, widen), device="meta" if meta else kept.device)
+    dtype = spec.dtype or adapter_dtype(kept, widen)
+    try:
+        return torch.empty(shape, dtype=dtype, device="meta" if meta else kept.device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        size = math.prod(shape) * dtype.itemsize / 2**30
+        raise ConfigError(
+            f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {kept.device} has: "
+            "lower the rank, or whatever sets that size."
+        ) from error
 
 
 def _methods(branches: list[Branch]) -> list[Method]:

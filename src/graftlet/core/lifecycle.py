@@ -76,7 +76,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:
-    """Forget an adapter on every layer; wrappers that hold none any more go too. Returns what is active then."""
+    """Forget an adapter on every layer. Returns what is active then."""
     found = list(hosts(model))
     check_known([adapter_name], adapters_of(model))
     if any(adapter_name in host.merged_adapters for _, host in found):

@@ -11,7 +11,7 @@ Methods keep no state: everything of one adapter on one layer is in the view `p`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -178,6 +178,12 @@ class Method:
     def unstacked(self, name: str, tensor: Tensor, experts: int) -> Tensor:
         """That tensor as `[experts, *shape]`."""
         return tensor
+
+    # its training
+
+    def penalty(self, views: Sequence[View]) -> Tensor | None:
+        """What an adapter adds to the model's loss in training, from its views on all its layers."""
+        return None
 
     # its file
 

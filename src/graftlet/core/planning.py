@@ -245,5 +245,5 @@ def _check_patterns(made: Plan) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(made.config, name, None) or {}
         idle = [k for k in patterns if not any(by_pattern({k: True}, p, False) for p in paths)]
-        if idle:
+        if idle and made.config.reads_patterns:
             warn(PatternWarning, f"{name} has {listing(map(repr, idle))}, which match none of the adapted layers.")

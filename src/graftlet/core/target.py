@@ -24,7 +24,7 @@ from .host import bare, below
 ALL_LINEAR = "all-linear"
 LONG = 20
 """How many paths it takes until `all-linear` is written out as endings of them."""
-HEADS = ("score", "classifier")
+HEADS = ("classifier", "score")
 """What the head of a classification model is called; `all-linear` leaves it alone, training copies it whole."""
 HEADS_OF = {"SEQ_CLS": HEADS, "TOKEN_CLS": HEADS, "QUESTION_ANS": ("qa_outputs",)}
 """The heads that a task trains along with an adapter, by all names that they go by."""
@@ -180,15 +180,17 @@ def targets(model: nn.Module, config: PeftConfig, names: Names) -> list[Place]:
 
 
 def _check_layers(config: PeftConfig, named: list[Place]) -> None:
-    """Raise where `layers_to_transform` names blocks that are not there; what has no block at all, `_no_match` tells."""
+    """Raise where some of `layers_to_transform` are not there; where all are not, `_no_match` tells."""
     wanted, pattern = config.layers_to_transform, config.layers_pattern
+    if wanted is None:
+        return
     patterns = [pattern] if isinstance(pattern, str) else pattern
     there = {i for p in named if (i := layer_index(p.path, patterns)) is not None}
-    beyond = sorted(set() if wanted is None else {wanted} if isinstance(wanted, int) else set(wanted)) if there else []
-    if beyond := [i for i in beyond if i not in there]:
-        raise ConfigError(
-            f"layers_to_transform has {listing(beyond)}, but the target modules stand in blocks "
-            f"{listing(sorted(there), 200)}."
+    asked = {wanted} if isinstance(wanted, int) else set(wanted)
+    if asked & there and (beyond := sorted(asked - there)):
+        raise NoMatchingPeftModuleError(
+            f"layers_to_transform has {listing(beyond)}, but no target module is in such a block. "
+            f"Blocks there: {listing(sorted(there), 200)}."
         )
 
 
@@ -220,13 +222,16 @@ def _no_match(config: PeftConfig, names: Names, places: list[Place], named: list
 
 
 def _check_regexes(config: PeftConfig) -> None:
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name)
-        if isinstance(value, str):
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, name, None)
+        plain = name.endswith("_modules") and not isinstance(value, str)  # a list of names holds no regex
+        for pattern in () if plain or not value else [value] if isinstance(value, str) else value:
             try:
-                re.compile(value)
+                re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"{type(config).__name__}.{name}={value!r} is no valid regex: {error}.") from None
+                raise ConfigError(
+                    f"{type(config).__name__}.{name} has {pattern!r}, which is no valid regex: {error}."
+                ) from None
 
 
 def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:

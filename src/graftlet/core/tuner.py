@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
+from ..registry import lookup
 from . import lifecycle, replication, ties
 from .host import check_name, hosts
 from .inject import Plan
+from .layer import AdaptedLayer
+from .method import Method
 from .planning import plan
 from .target import vocabulary
 
@@ -48,7 +51,22 @@ class BaseTuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        outputs = self.model(*args, **kwargs)
+        if self.training and isinstance(getattr(outputs, "loss", None), Tensor):
+            for penalty in self.penalties():
+                outputs.loss = outputs.loss + penalty.to(outputs.loss)
+        return outputs
+
+    def penalties(self) -> list[Tensor]:
+        """What the active adapters add to the loss: their distance from what their methods assume of them."""
+        found = []
+        for name, config in self.peft_config.items():
+            method = lookup(config.peft_type).method
+            if issubclass(method, Method) and method.penalty is not Method.penalty:
+                layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
+                views = [h.view(name) for h in layers]
+                found.append(method().penalty(views) if views else None)
+        return [penalty for penalty in found if penalty is not None]
 
     def inject(
         self,
@@ -65,7 +83,7 @@ class BaseTuner(nn.Module):
         `abandon`. learn: the adapter's tensors learn although another one is active. What other adapters and the base
         learn stays as it is; the first adapter freezes the base.
         """
-        check_name(name, list(self.peft_config))
+        check_name(name, [*self.peft_config, *lifecycle.adapters_of(self.model)])
         if config.bias != "none" and (
             rival := next((n for n, c in self.peft_config.items() if c.bias != "none"), None)
         ):

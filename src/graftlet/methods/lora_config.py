@@ -87,6 +87,7 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
         ranks = {"r": self.r, **(self.rank_pattern or {})}
         for name, rank in ranks.items():
             self.require(rank > 0, f"rank {name}={rank!r}; a positive number is needed.")
+        self.require(abs(self.lora_alpha) < 1e30, f"lora_alpha={self.lora_alpha!r} overflows single precision.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout!r}; allowed: 0 up to, not with, 1.")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}; allowed: none, all, lora_only.")
         start = initialiser(self.init_lora_weights)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ class OSFConfig(Targets, Saves, PeftConfig):
         target_svd_config: stands in the format; it has no effect, rank_pattern has.
         init_weights: True (the directions of W: no change at first) or False (random).
     """
+
+    reads_patterns: ClassVar[bool] = False
 
     effective_rank: int | float | None = None
     rank_pattern: dict[str, int | float] | None = None

@@ -118,10 +118,18 @@ def vocabulary_hint(misshaped: list[str]) -> str:
 def without_levels(given: Mapping[str, Tensor], wanted: Mapping[str, Slot], adapter: str) -> dict[str, Tensor]:
     """Keys as they stand in a file, also from writers that left a compiled model's or the adapter's level in them."""
     clean = {key.replace("_orig_mod.", ""): tensor for key, tensor in given.items()}
-    for key in [k for k in clean if ".modules_to_save." in k and k.replace(".modules_to_save.", ".") in clean]:
-        del clean[key]  # the reference writes such copies twice where the vocabulary was resized
+    clean = {key: tensor for key, tensor in clean.items() if _again(key, adapter) not in clean or key in wanted}
     with_level = {_levelled(key, adapter): key for key in wanted}
     return {with_level.get(key, key) if key not in wanted else key: tensor for key, tensor in clean.items()}
+
+
+def _again(key: str, adapter: str) -> str | None:
+    """The key whose tensor stands under this one as well: so the reference writes copies of modules whose biases are
+    trained, or whose vocabulary was resized."""
+    for level in (f".modules_to_save.{adapter}.", ".modules_to_save.", ".original_module."):
+        if level in key:
+            return key.replace(level, ".")
+    return None
 
 
 def _levelled(key: str, adapter: str) -> str:

@@ -23,7 +23,7 @@ from ..core.host import check_known, check_name
 from ..core.layer import relink
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
-from ..errors import AdapterFileError, BaseMismatchWarning, CallError, ConfigError, warn
+from ..errors import AdapterFileError, AdapterNameError, BaseMismatchWarning, CallError, ConfigError, warn
 from ..registry import lookup
 from . import card, embeddings, prompted, prompting, save, status
 from .parts import carry_context, transformers_config
@@ -97,7 +97,9 @@ class PeftModel(nn.Module):
     @property
     def active_adapter(self) -> str:
         """The active adapter's name; the first where there are several."""
-        return self.active_adapters[0]
+        if not (names := self.active_adapters):
+            raise AdapterNameError("the model has no adapter any more; add or load one.")
+        return names[0]
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -133,6 +135,7 @@ class PeftModel(nn.Module):
                 "model's inputs, the other on its layers. Use a PeftModel for each."
             )
         self._prepare(peft_config)
+        self._active = self._active or [adapter_name]
         if self.tuner is None:
             prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
@@ -168,6 +171,7 @@ class PeftModel(nn.Module):
         else:
             self.tuner.delete_adapter(adapter_name)
         left = [n for n in self._active if n != adapter_name] or list(self.peft_config)[:1]
+        self._active = self._active if left else []
         if left and left != self._active:
             self.set_adapter(left, self.peft_config[left[0]].inference_mode)
 
@@ -304,7 +308,7 @@ class PeftModel(nn.Module):
         if path_initial_model_for_weight_conversion is not None:
             raise ConfigError("path_initial_model_for_weight_conversion is not available yet; leave it out.")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
-        check_known(names, list(self.peft_config))
+        check_known(names or [self.active_adapter], list(self.peft_config))
         if not is_main_process:
             return
         folder = Path(save_directory)
@@ -329,6 +333,7 @@ class PeftModel(nn.Module):
             config.base_model_name_or_path = base_name(model)
         if config.task_type is None:
             config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        config.to_json()  # what cannot be written is known before any file is
         folder.mkdir(parents=True, exist_ok=True)
         if safe:
             rows = vocabulary(model)

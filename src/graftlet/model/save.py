@@ -116,7 +116,7 @@ def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str,
     strict: whatever is missing, unexpected, misshaped, mistyped or not finite raises `AdapterFileError`; otherwise
     missing and unexpected tensors are named in a `KeysWarning`.
     """
-    model = root_of(model)
+    model, read = root_of(model), tensors
     config = configs_of(model)[adapter]
     if config.is_prompt_learning:
         report = prompting.misfit(model, adapter, tensors)
@@ -135,7 +135,7 @@ def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str,
     if complaints:
         warn(KeysWarning, f"{origin}: {'; '.join(complaints)}.", stacklevel=5)
     if strict:
-        state.check_finite(tensors, origin)
+        state.check_finite(read, origin)
     result = set_peft_model_state_dict(model, tensors, adapter)
     relink(model, adapter)
     _fill_missing(model, adapter, report.missing)
