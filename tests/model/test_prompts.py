@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,12 +299,17 @@ def test_wrong_configs_are_refused(fields, match):
         ours(llama, "PromptTuningConfig", "CAUSAL_LM", **fields)
 
 
-def test_a_file_cannot_switch_remote_code_on():
+def test_a_file_cannot_switch_remote_code_on(tmp_path: Path):
+    config = graftlet.PromptTuningConfig(
+        prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="x",
+        tokenizer_kwargs={"trust_remote_code": True, "revision": "main"},
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)  # what one's own code may ask for is not handed on
+    assert graftlet.PeftConfig.from_pretrained(tmp_path).tokenizer_kwargs == {"revision": "main"}
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_kwargs": {"trust_remote_code": True}}))
     with pytest.raises(ConfigError, match="trust_remote_code"):
-        graftlet.PromptTuningConfig(
-            prompt_tuning_init="TEXT", prompt_tuning_init_text="a", tokenizer_name_or_path="x",
-            tokenizer_kwargs={"trust_remote_code": True},
-        )  # fmt: skip
+        graftlet.PeftConfig.from_pretrained(tmp_path)
 
 
 def test_a_plain_module_is_refused():

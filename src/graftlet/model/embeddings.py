@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.host import Shell, bare, hosts
+from ..core.host import bare, hosts
 from ..core.layer import AdaptedLayer
 from ..core.state import Slot
 from ..core.target import vocabulary
@@ -33,7 +33,7 @@ def to_save(model: nn.Module, config: PeftConfig | None, choice: bool | Literal[
     if choice is not True and found and resized(model, config):
         warn(EmbeddingWarning, "the vocabulary was resized; the embedding layers are saved with the adapter.", 5)
         choice = True
-    targeted = _targeted(model)
+    targeted = _targeted(model, config)
     wanted = {**_once(found), **targeted} if choice is True else targeted
     return {key: targeted.get(key, found[key]) for key in wanted if key in found}
 
@@ -54,16 +54,14 @@ def _once(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: found[key] for key in first.values()}
 
 
-def _targeted(model: nn.Module) -> dict[str, Tensor]:
+def _targeted(model: nn.Module, config: PeftConfig | None) -> dict[str, Tensor]:
     """The weights of the embeddings that an adapter acts on as a whole, as they are without it."""
-    shells = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
     found: dict[str, Tensor] = {}
     for path, host in hosts(model):
-        if (
-            isinstance(host, AdaptedLayer)
-            and path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
-            and id(host) not in shells
-        ):
+        if not isinstance(host, AdaptedLayer) or path.rpartition(".")[2] not in EMBEDDING_LAYER_NAMES:
+            continue
+        ours = [n for n, c in host.configs.items() if config is None or c is config]
+        if any(host.methods[n].saves_embedding for n in ours):
             kept = host.site.kept(host.original()[0]) if host.merged else host.site.weight
             found[f"{path}.base_layer.weight"] = kept
     return found

@@ -26,7 +26,7 @@ def carry_context(model: nn.Module) -> None:
     for module in model.modules():
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, Carrying):
-            module._gradient_checkpointing_func = Carrying(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
+            module.__dict__["_gradient_checkpointing_func"] = Carrying(checkpoint)
 
 
 def configs_of(model: nn.Module) -> dict[str, PeftConfig]:

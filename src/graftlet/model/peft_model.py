@@ -24,8 +24,7 @@ from ..core.layer import relink
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, BaseMismatchWarning, CallError, ConfigError, warn
-from ..registry import lookup
-from . import card, embeddings, prompted, prompting, save, status
+from . import card, embeddings, generation, prompted, prompting, save, status
 from .parts import carry_context, transformers_config
 
 
@@ -202,12 +201,14 @@ class PeftModel(nn.Module):
         """The base model's `generate`, adapted. adapter_names: as in a call, one for each prompt."""
         with self._call(adapter_names, args, kwargs):
             if self.tuner is None:
-                return prompted.generate(self, args, kwargs)
+                return generation.generate(self, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
 
     @contextmanager
     def _call(self, rows: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        values = {n: v for n in self._carried() if (v := kwargs.pop(n, None)) is not None}
+        carried = () if self.tuner is None else self.tuner.carried
+        values = {name: kwargs.pop(name) for name in carried if name in kwargs}
+        values = {name: value for name, value in values.items() if value is not None}
         if rows is None and not values:
             yield
             return
@@ -217,11 +218,6 @@ class PeftModel(nn.Module):
             carry_context(self)
         with using(Call(None if rows is None else tuple(rows), values=values)):
             yield
-
-    def _carried(self) -> set[str]:
-        """The arguments of a call that are for methods on layers."""
-        kinds = [] if self.tuner is None else [lookup(c.peft_type).method for c in self.peft_config.values()]
-        return {name for kind in kinds for name in getattr(kind, "carries", ())}
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
         if self.tuner is None:
@@ -237,11 +233,11 @@ class PeftModel(nn.Module):
         self, batch_size: int, task_ids: torch.Tensor | None = None, max_cache_len: int | None = None
     ) -> Any:
         """What the active prompt method puts before each row: embeddings `[batch, n, dim]`, or a key-value cache."""
-        return prompted.prompt(self, batch_size)
+        return prompted.prompt(self, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt as it goes to the file: `[n, dim]`."""
-        return prompting.collect(self, adapter_name)[prompting.ROWS].detach()
+        return self.prompt_encoder[adapter_name].rows().detach()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach the adapters through checkpointed blocks, whose input would otherwise need none."""

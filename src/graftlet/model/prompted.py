@@ -1,79 +1,142 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call with a prompt in it: embeddings before the input, or keys and values in the cache; masks, positions and labels
-to match; and generation.
+"""A call with a prompt in it: embeddings before the input, or keys and values in the cache, and all else to match.
 
-The base model stays as it is: nothing is patched, for a call or for a generation.
+What a caller gives, masks and positions too, is about the caller's own tokens, in the first call and in those that go on
+from a cache. The base model stays as it is.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PromptLearningConfig
-from ..core.method import Cache
-from ..errors import CallError, ConfigError
+from ..core.method import Cache, Prompt
+from ..errors import CallError
+from . import prefix
 
-IGNORED = -100
-"""The label that no loss looks at."""
+CACHES = ("cache", "past_key_values")
+"""What the models of transformers call their cache; 5.x renames it."""
 
 
 def call(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A forward with the active prompt in it."""
     base = model.base_model
-    given = bound(base, args, kwargs)
-    if model._prompt_off or _continues(given):
+    given = bound(model, args, kwargs)
+    if model._prompt_off:
         return base(**given)
-    if isinstance(model.prompt_encoder[model.active_adapter], Cache):
-        return base(**with_cache(model, given))
-    return base(**with_embeddings(model, given))
+    encoder = active(model)
+    own = {name: given.pop(name) for name in encoder.takes if name in given}
+    name = cache_name(model)
+    if name is not None and prefix.begun(given.get(name)):
+        return base(**continued(model, given, name))
+    if isinstance(encoder, Cache):
+        output = base(**with_cache(model, given))
+        unasked = given.get("use_cache") is False and (name is None or given.get(name) is None)
+        return without(output, name) if unasked else output
+    return encoder.finish(base(**with_embeddings(model, given, own)), own)
 
 
-def bound(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    names = list(inspect.signature(base.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+def without(output: Any, name: str | None) -> Any:
+    """An output less its cache: a model gives back the one it was given, also where no cache is asked for."""
+    if not isinstance(output, dict) or name not in output:
+        return output
+    return type(output)(**{key: value for key, value in output.items() if key != name})
 
 
-def _continues(given: dict[str, Any]) -> bool:
-    """Whether the call goes on from a cache, which holds the prompt already."""
-    cache: Any = given.get("past_key_values", given.get("cache"))
-    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else (len(cache) if cache else 0)
-    return length > 0
+def active(model: Any) -> Prompt:
+    """The active adapter's encoder."""
+    return model.prompt_encoder[model.active_adapter]
 
 
-def with_embeddings(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+def parameters(base: nn.Module) -> tuple[str, ...]:
+    """What a model's forward takes, in order."""
+    return tuple(inspect.signature(base.forward).parameters)
+
+
+def bound(model: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, the cache by the name that the model has for it now."""
+    given = {**dict(zip(model._base_takes, args, strict=False)), **kwargs}
+    name = cache_name(model)
+    for other in CACHES:
+        if name is not None and other != name and other in given:
+            given[name] = given.pop(other)
+    return given
+
+
+def cache_name(model: Any) -> str | None:
+    """What the base's forward calls its cache; None where it has none."""
+    return next((n for n in CACHES if n in model._base_takes), None)
+
+
+def continued(model: Any, given: dict[str, Any], name: str) -> dict[str, Any]:
+    """The arguments of a call that goes on from a cache, which holds the prompt already."""
+    made, seq2seq = dict(given), is_seq2seq(model)
+    count = tokens(model)
+    if seq2seq and not isinstance(active(model), Cache):
+        return encoded(made, count)  # the prompt is the encoder's; the decoder's tokens are the caller's alone
+    front = "decoder_" if seq2seq else ""
+    first = given_input(made, front)
+    if first is not None:
+        _grow_to(made, f"{front}attention_mask", count, prefix.length(given[name]) + first.shape[1])
+    _shift(made, f"{front}position_ids", count)
+    _shift(made, "cache_position", count)
+    return made
+
+
+def encoded(made: dict[str, Any], count: int) -> dict[str, Any]:
+    """The arguments of a call whose encoder has run: its mask covers all that the encoder saw."""
+    if (outputs := made.get("encoder_outputs")) is not None:
+        _grow_to(made, "attention_mask", count, outputs[0].shape[1])
+    return made
+
+
+def with_embeddings(model: Any, given: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """The arguments with the prompt before the input's embeddings.
 
     Masks and token types grow in front, positions move up, labels of tokens get ignored ones; the labels of a whole
     sequence stay. Of an encoder-decoder the encoder gets the prompt.
     """
-    made = dict(given)
-    ids, embeds = made.pop("input_ids", None), made.pop("inputs_embeds", None)
-    if (ids is None) == (embeds is None):
-        raise CallError("give input_ids or inputs_embeds, one of the two, to a model with a prompt.")
-    embeds = model.word_embeddings(ids) if embeds is None else embeds
-    config = model.active_peft_config
-    rows = model.prompt_encoder[model.active_adapter].rows()[: config.num_virtual_tokens]
-    count, batch, length = rows.shape[0], embeds.shape[0], embeds.shape[1]
-    made["inputs_embeds"] = torch.cat([rows.to(embeds).expand(batch, -1, -1), embeds], 1)
-    _grow(made, ("attention_mask",), count, 1)
-    _grow(made, ("token_type_ids",), count, 0)
-    _shift(made, "position_ids", count, start=True)
-    if not _is_seq2seq(model):
-        labels = made.get("labels")
-        if isinstance(labels, Tensor) and labels.shape[:2] == (batch, length):
-            made["labels"] = torch.cat([labels.new_full((batch, count), IGNORED), labels], 1)
-        for name in ("start_positions", "end_positions"):
-            if isinstance(made.get(name), Tensor):
-                made[name] = made[name] + count
+    made, seq2seq, count = dict(given), is_seq2seq(model), tokens(model)
+    if made.get("encoder_outputs") is not None:
+        return encoded(made, count)
+    if not seq2seq and (name := cache_name(model)) is not None:
+        prefix.check_room(made.get(name))
+    grown_input(model, made, own)
+    if not seq2seq:
+        _shift(made, "cache_position", count, start=True)
+        _move_labels(active(model), made, count)
     return made
 
 
-def with_cache(model: Any, given: dict[str, Any], copies: int = 1) -> dict[str, Any]:
+def grown_input(model: Any, made: dict[str, Any], own: dict[str, Any]) -> None:
+    """Put the prompt into a call's input, with its mask, its token types and its positions."""
+    ids, embeds = made.pop("input_ids", None), made.pop("inputs_embeds", None)
+    if (ids is None) == (embeds is None):
+        raise CallError("give input_ids or inputs_embeds, one of the two, to a model with a prompt.")
+    embeds = model.base_model.get_input_embeddings()(ids) if embeds is None else embeds
+    count, batch = tokens(model), embeds.shape[0]
+    rows = active(model).prompt(batch, own)[:, :count]
+    made["inputs_embeds"] = torch.cat([rows.to(embeds), embeds], 1)
+    _grow(made, "attention_mask", count, 1)
+    _grow(made, "token_type_ids", count, 0)
+    _shift(made, "position_ids", count, start=True)
+
+
+def _move_labels(encoder: Prompt, made: dict[str, Any], count: int) -> None:
+    batch, length = made["inputs_embeds"].shape[0], made["inputs_embeds"].shape[1] - count
+    labels = made.get("labels")
+    if isinstance(labels, Tensor) and labels.shape[:2] == (batch, length):
+        made["labels"] = torch.cat([encoder.labels(labels, count), labels], 1)
+    for name in ("start_positions", "end_positions"):
+        if isinstance(made.get(name), Tensor):
+            made[name] = made[name] + count
+
+
+def with_cache(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments with the prompt's keys and values in the cache (of the decoder, where there is one)."""
     base, made = model.base_model, dict(given)
     if base.training and checkpoints(base):
@@ -81,72 +144,63 @@ def with_cache(model: Any, given: dict[str, Any], copies: int = 1) -> dict[str, 
             f"{model.peft_type} lives in the cache, which gradient checkpointing switches off; train without it "
             "(model.gradient_checkpointing_disable())."
         )
-    first = next((v for k in ("input_ids", "inputs_embeds") if isinstance(v := made.get(k), Tensor)), None)
+    first = given_input(made, "")
+    first = (made.get("encoder_outputs") or [None])[0] if first is None else first
     if first is None:
         raise CallError("give input_ids or inputs_embeds to a model with a prefix.")
-    count = model.active_peft_config.num_virtual_tokens
-    seq2seq = _is_seq2seq(model)
-    made[cache_name(base)] = key_values(model, first.shape[0] * copies)
-    _grow(made, ("decoder_attention_mask",) if seq2seq else ("attention_mask",), count, 1)
-    _shift(made, "decoder_position_ids" if seq2seq else "position_ids", count)
+    name, count = cache_name(model), tokens(model)
+    assert name is not None  # a model without a cache gets no prefix
+    made[name] = prefix.filled(model, first.shape[0], made.get(name))
+    front = "decoder_" if is_seq2seq(model) else ""
+    _grow(made, f"{front}attention_mask", count, 1)
+    _shift(made, f"{front}position_ids", count)
+    _shift(made, "cache_position", count)
     return made
 
 
-def cache_name(base: nn.Module) -> str:
-    """What a model's forward calls its cache. Raises `ConfigError` where it has none."""
-    names = inspect.signature(base.forward).parameters
-    found = next((n for n in ("cache", "past_key_values") if n in names), None)
-    if found is None:
-        raise ConfigError(f"{type(base).__name__} has no key-value cache, which a prefix needs; use prompt tuning.")
-    return found
-
-
-def key_values(model: Any, batch: int) -> Any:
-    """The prompt as a filled cache: each layer's keys and values `[batch, heads, tokens, size]`."""
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    config = model.active_peft_config
-    assert isinstance(config, PromptLearningConfig)
-    rows = model.prompt_encoder[model.active_adapter].rows().to(model.base_model.dtype)
-    parts = rows.reshape(rows.shape[0], -1, config.num_attention_heads or 1, rows.shape[1] // _width(config))
-    parts = parts.permute(1, 2, 0, 3).unsqueeze(1).expand(-1, batch, -1, -1, -1)
-    cache = DynamicCache()
-    for index in range(config.num_layers or 0):
-        # the format counts as if each layer of an encoder-decoder had a cross attention with parts of its own
-        place = 2 * index * (config.num_transformer_submodules or 1) % len(parts)
-        cache.update(parts[place].contiguous(), parts[place + 1].contiguous(), index)
-    return EncoderDecoderCache(cache, DynamicCache()) if _is_seq2seq(model) else cache
-
-
-def _width(config: PromptLearningConfig) -> int:
-    """How many vectors of a head's size one row of a prefix holds."""
-    return 2 * (config.num_layers or 0) * (config.num_attention_heads or 1)
-
-
-def prompt(model: Any, batch: int) -> Any:
+def prompt(model: Any, batch: int, task_ids: Tensor | None = None) -> Any:
     """What the active method puts before each row: embeddings `[batch, n, dim]`, or a cache."""
-    encoder = model.prompt_encoder[model.active_adapter]
-    return key_values(model, batch) if isinstance(encoder, Cache) else encoder.rows().expand(batch, -1, -1)
+    encoder = active(model)
+    if isinstance(encoder, Cache):
+        return prefix.filled(model, batch)
+    return encoder.prompt(batch, {} if task_ids is None else {"task_ids": task_ids})
 
 
-def _grow(made: dict[str, Any], names: tuple[str, ...], count: int, value: int) -> None:
-    for name in names:
-        old = made.get(name)
-        if isinstance(old, Tensor) and old.dim() == 2:
-            made[name] = torch.cat([old.new_full((old.shape[0], count), value), old], 1)
-        elif old is not None:
-            raise CallError(f"{name} of a model with a prompt is [batch, tokens]; {type(old).__name__} was given.")
+def tokens(model: Any) -> int:
+    """How many tokens the active prompt has."""
+    return model.active_peft_config.num_virtual_tokens
+
+
+def given_input(made: dict[str, Any], front: str) -> Tensor | None:
+    """A call's input: ids or embeddings."""
+    return next((v for n in ("input_ids", "inputs_embeds") if isinstance(v := made.get(front + n), Tensor)), None)
+
+
+def _grow(made: dict[str, Any], name: str, count: int, value: int) -> None:
+    old = made.get(name)
+    if isinstance(old, Tensor) and old.dim() == 2:
+        made[name] = torch.cat([old.new_full((old.shape[0], count), value), old], 1)
+    elif old is not None:
+        shape = tuple(old.shape) if isinstance(old, Tensor) else type(old).__name__
+        raise CallError(f"{name} of a model with a prompt is [batch, tokens]; {shape} was given.")
+
+
+def _grow_to(made: dict[str, Any], name: str, count: int, length: int) -> None:
+    """Let a mask cover the prompt too, unless it does."""
+    old = made.get(name)
+    if isinstance(old, Tensor) and old.dim() == 2 and old.shape[1] + count == length:
+        _grow(made, name, count, 1)
 
 
 def _shift(made: dict[str, Any], name: str, count: int, start: bool = False) -> None:
     """Positions moved up by the prompt, whose own come first where it is part of the input."""
     old = made.get(name)
     if isinstance(old, Tensor):
-        own = torch.arange(count, device=old.device).expand(*old.shape[:-1], -1)
+        own = torch.arange(count, device=old.device, dtype=old.dtype).expand(*old.shape[:-1], -1)
         made[name] = torch.cat([own, old + count], -1) if start else old + count
 
 
-def _is_seq2seq(model: Any) -> bool:
+def is_seq2seq(model: Any) -> bool:
     return bool(getattr(model.base_model.config, "is_encoder_decoder", False))
 
 
@@ -158,82 +212,5 @@ def checkpoints(base: Any) -> bool:
     return bool(getattr(base, known, False))
 
 
-# generation
-
-
-def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Generation with the active prompt in it, from `input_ids` (or `inputs_embeds`, for a soft prompt)."""
-    given = dict(kwargs)
-    if args:
-        given["input_ids"] = args[0]
-    if "inputs" in given:
-        given["input_ids"] = given.pop("inputs")
-    if model._prompt_off:
-        return model.base_model.generate(**given)
-    ids = given.get("input_ids")
-    if isinstance(ids, Tensor) and given.get("attention_mask") is None:
-        given["attention_mask"] = _mask(model.base_model, ids, given)
-    if isinstance(model.prompt_encoder[model.active_adapter], Cache):
-        return _generate_cached(model, given)
-    return _generate_embedded(model, given)
-
-
-def _generate_embedded(model: Any, given: dict[str, Any]) -> Any:
-    """The first step sees the prompt and the input as embeddings; the ids given go on counting as what was there."""
-    made = with_embeddings(model, given)
-    if given.get("input_ids") is not None and not _is_seq2seq(model):
-        made["input_ids"] = given["input_ids"]
-        if "max_length" in made:  # counted without the prompt, which generate counts in
-            made["max_length"] += model.active_peft_config.num_virtual_tokens
-    return model.base_model.generate(**made)
-
-
-def _generate_cached(model: Any, given: dict[str, Any]) -> Any:
-    """The prefix is in the cache from the start. Ids stand in for it, since generate takes what is in the cache for a
-    part of the ids; they are cut off again."""
-    seq2seq, count = _is_seq2seq(model), model.active_peft_config.num_virtual_tokens
-    name = "decoder_input_ids" if seq2seq else "input_ids"
-    ids = given.get(name)
-    if ids is None and seq2seq:
-        ids = given["input_ids"].new_full((given["input_ids"].shape[0], 1), _start(model.base_model, given))
-    if ids is None:
-        raise CallError(f"generation with {model.peft_type} needs input_ids.")
-    if seq2seq:
-        given["decoder_attention_mask"] = given.get("decoder_attention_mask", torch.ones_like(ids))
-    made = with_cache(model, given, copies=_copies(model.base_model, given))
-    made["past_key_values"] = made.pop(cache_name(model.base_model))
-    made[name] = torch.cat([ids[:, :1].expand(-1, count), ids], 1)
-    for limit in ("max_length", "min_length"):
-        if limit in made:
-            made[limit] += count
-    output = model.base_model.generate(**made)
-    if isinstance(output, Tensor):
-        return output[:, count:]
-    output.sequences = output.sequences[:, count:]
-    return output
-
-
-def _copies(base: Any, given: dict[str, Any]) -> int:
-    """How many rows generation makes of each row given."""
-    setting = given.get("generation_config") or base.generation_config
-    names = ("num_beams", "num_return_sequences")
-    return max(int(given.get(n) or getattr(setting, n, None) or 1) for n in names)
-
-
-def _start(base: Any, given: dict[str, Any]) -> int:
-    setting = given.get("generation_config") or base.generation_config
-    for holder in (setting, base.config):
-        for name in ("decoder_start_token_id", "bos_token_id"):
-            if (found := getattr(holder, name, None)) is not None:
-                return int(found)
-    raise CallError("the model does not say its decoder_start_token_id; give decoder_input_ids.")
-
-
-def _mask(base: Any, ids: Tensor, given: dict[str, Any]) -> Tensor:
-    """The mask that generate would work out from the ids, which it cannot any more once there is a prompt."""
-    setting = given.get("generation_config") or base.generation_config
-    pad, end = getattr(setting, "pad_token_id", None), getattr(setting, "eos_token_id", None)
-    ends = end if isinstance(end, list) else [end]
-    if pad is None or pad in ends or not (ids == pad).any():
-        return torch.ones_like(ids)
-    return (ids != pad).long()
+Run = Callable[..., Any]
+"""A model's forward."""

@@ -20,18 +20,12 @@ from ..core.host import hosts
 from ..core.method import Cache, Prompt
 from ..core.planning import plan_saved
 from ..core.tensors import Box
-from ..errors import ConfigError
+from ..errors import AdapterFileError, ConfigError
 from ..registry import lookup
+from . import prefix, prompted
 from .parts import transformers_config
-from .prompted import cache_name
 
-ROWS = "prompt_embeddings"
-
-SIZES = {
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
-}
-"""What the models of transformers call the sizes that a prompt method needs."""
+QUERIES = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 
 
 def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> None:
@@ -43,8 +37,6 @@ def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> 
     base, kind = model.base_model, lookup(config.peft_type).method
     words = _words(base)
     fill(config, base, words, issubclass(kind, Cache))
-    if issubclass(kind, Cache):
-        cache_name(base)
     encoder: Prompt = kind(config, words, loading)
     encoder.to(words.weight.device)
     if config.modules_to_save:
@@ -52,6 +44,7 @@ def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> 
     if "prompt_encoder" not in model._modules:
         model.prompt_encoder = Box()
         model.word_embeddings = words
+        model._base_takes = prompted.parameters(base)
     model.prompt_encoder.put(name, encoder)
     model._prompt_configs[name] = config
     if len(model._prompt_configs) == 1:
@@ -77,34 +70,34 @@ def fill(config: PromptLearningConfig, base: Any, words: Any, cached: bool) -> N
     """Fill in the sizes that a config leaves open, from the model's own config."""
     if config.num_virtual_tokens is None or config.num_virtual_tokens < 1:
         raise ConfigError(f"num_virtual_tokens={config.num_virtual_tokens!r}; a positive number is needed.")
+    if cached and not set(prompted.CACHES) & set(prompted.parameters(base)):
+        raise ConfigError(f"{type(base).__name__} has no key-value cache, which a prefix needs; use prompt tuning.")
+    if cached:
+        prefix.check_kind(base)
     sizes = _sizes(base, int(words.weight.shape[1]), cached)
-    sizes["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-    for field, size in sizes.items():
-        if getattr(config, field) is None:
-            setattr(config, field, size)
-    for field in ("token_dim", "num_layers", "num_attention_heads") if cached else ("token_dim",):
+    needed = ("token_dim", "num_layers", "num_attention_heads") if cached else ("token_dim",)
+    for field in needed:
         given, own = getattr(config, field), sizes[field]
-        if given is None:
+        if given is None and own is None:
             raise ConfigError(f"the model's config does not tell {field}; give it in {type(config).__name__}.")
-        if own is not None and given != own:
+        if own is not None and given not in (None, own):
             raise ConfigError(
                 f"{type(config).__name__}.{field}={given}, but the model's is {own}: the prompt was made for another "
                 "base, or the field should be left out."
             )
+    sizes["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    for field, size in sizes.items():
+        if getattr(config, field) is None:
+            setattr(config, field, size)
 
 
 def _sizes(base: Any, dim: int, cached: bool) -> dict[str, int | None]:
-    """What a model's config says of its sizes. With grouped-query attention the cache has fewer heads than the queries,
-    maybe of a size of their own."""
-    text = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    found: dict[str, int | None] = {"token_dim": dim}
-    for field, names in SIZES.items():
-        found[field] = next((v for n in names if (v := getattr(text, n, None)) is not None), None)
-    queries, heads = found["num_attention_heads"], getattr(text, "num_key_value_heads", None)
-    if cached and queries and heads:
-        size = getattr(text, "head_dim", None) or dim // queries
-        found["token_dim"], found["num_attention_heads"] = size * heads, heads
-    return found
+    """What a model's config says of its sizes."""
+    text = prefix.text_config(base)
+    queries = prefix.size_of(text, QUERIES)
+    if cached:
+        return prefix.sizes(text, dim, queries)
+    return {"token_dim": dim, "num_layers": prefix.size_of(text, prefix.LAYERS), "num_attention_heads": queries}
 
 
 def detach(model: Any, name: str) -> None:
@@ -145,30 +138,29 @@ def disabled(model: Any) -> Iterator[None]:
 
 def collect(model: Any, name: str) -> dict[str, Tensor]:
     """An adapter's tensors, by their key in the file."""
-    return {ROWS: model.prompt_encoder[name].rows(), **state.collect(model, name)}
+    return {**model.prompt_encoder[name].saved(), **state.collect(model, name)}
 
 
 def misfit(model: Any, name: str, given: Mapping[str, Tensor]) -> state.Fit:
     """How a file's tensors fit an adapter."""
-    return state.fit(_slots(model, name), given)
+    own = {key: state.Slot(tensor) for key, tensor in model.prompt_encoder[name].saved().items()}
+    return state.fit({**own, **state.slots(model, name)}, given)
 
 
 @torch.no_grad()
-def load(model: Any, name: str, given: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+def load(
+    model: Any, name: str, given: Mapping[str, Tensor], ignore_mismatched_sizes: bool = False
+) -> tuple[list[str], list[str]]:
     """Put tensors into an adapter; returns what is missing and what does not belong.
 
-    A prefix that is being trained through a network cannot be loaded into: a file has its output alone.
+    Raises `AdapterFileError` where one has another shape or kind (unless `ignore_mismatched_sizes`); nothing was
+    changed then.
     """
-    if ROWS in given and getattr(model.prompt_encoder[name], "prefix_projection", False):
-        raise ConfigError(
-            f"adapter {name!r} trains its prefix through a network (prefix_projection), which a file does not have; "
-            "load the file as an adapter of its own."
-        )
     report = misfit(model, name, given)
-    state.fill(_slots(model, name), given, name)
+    if (report.misshaped or report.mistyped) and not ignore_mismatched_sizes:
+        raise AdapterFileError(f"tensors for adapter {name!r} do not fit: {'; '.join(report.complaints())}.")
+    wrong = {complaint.split(" ")[0] for complaint in (*report.misshaped, *report.mistyped)}
+    fitting = {key: tensor for key, tensor in given.items() if key not in wrong}
+    model.prompt_encoder[name].assign(fitting)
+    state.fill(state.slots(model, name), fitting, name)
     return report.missing, report.unexpected
-
-
-def _slots(model: Any, name: str) -> dict[str, state.Slot]:
-    encoder = model.prompt_encoder[name]
-    return {ROWS: state.Slot(encoder.embedding.weight), **state.slots(model, name)}

@@ -6,12 +6,13 @@ A load looks at the file's header first: keys, kinds and shapes are compared wit
 
 from __future__ import annotations
 
+import json
 import os
 from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,7 @@ def set_peft_model_state_dict(
     model = root_of(model)
     config = configs_of(model).get(adapter_name)
     if config is not None and config.is_prompt_learning:
-        return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict))
+        return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes))
     check_known([adapter_name], adapters_of(model))
     wanted = state.slots(model, adapter_name, config, peft_model_state_dict)
     given = state.unpacked(model, adapter_name, embeddings.without_levels(peft_model_state_dict, wanted, adapter_name))
@@ -240,10 +241,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     try:
         save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
         with temporary.open("rb+") as file:
+            _order(file)
+            file.flush()
             os.fsync(file.fileno())
         settle(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _order(file: BinaryIO) -> None:
+    """Sort a safetensors file's metadata, which comes out of a hash map: the same adapter gives the same bytes."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    file.seek(8)
+    file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
 
 
 def recorded(source: str | os.PathLike[str], fact: str, subfolder: str | None = None, **hub: Any) -> str | None:

@@ -6,6 +6,7 @@ P `[tokens * submodules, dim]` starts at random, at words of the vocabulary, or 
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,11 +58,19 @@ class PromptTuningConfig(PromptLearningConfig):
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             self.require(not text or bool(getattr(self, name)), f"prompt_tuning_init='TEXT' needs {name}.")
         self.require(text or not self.tokenizer_kwargs, "tokenizer_kwargs goes with prompt_tuning_init='TEXT' alone.")
-        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
+
+    def check_file(self, values: dict[str, Any], origin: str) -> None:
+        if (values.get("tokenizer_kwargs") or {}).get("trust_remote_code"):
             raise ConfigError(
-                "tokenizer_kwargs asks for trust_remote_code, which a file must not switch on; load the tokenizer "
-                "yourself once, so that it is in the cache, and leave this out."
+                f"{origin} has trust_remote_code in tokenizer_kwargs, which would let the file run code of its choice. "
+                "A saved prompt needs no tokenizer: take the entry out of the file."
             )
+
+    def to_json(self) -> str:
+        safe = copy.copy(self)
+        safe.tokenizer_kwargs = {k: v for k, v in (self.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+        safe.tokenizer_kwargs = safe.tokenizer_kwargs or None
+        return super(PromptTuningConfig, safe).to_json()
 
 
 @method("prompt_tuning", PromptTuningConfig)
