@@ -161,6 +161,9 @@ class PeftConfig:
     def check(self) -> None:
         """Raise `ConfigError` where the values do not go together. A method's config overrides this."""
 
+    def check_file(self, values: dict[str, Any], origin: str) -> None:
+        """Raise `ConfigError` where a file asks for what code alone may ask for. A method's config overrides this."""
+
     def require(self, condition: bool, message: str) -> None:
         """Raise `ConfigError` with `message`, under this class's name, unless `condition` holds."""
         if not condition:
@@ -200,7 +203,10 @@ class PeftConfig:
         """
         hub = {k: kwargs.pop(k) for k in list(kwargs) if k in _HUB_ARGUMENTS}
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        return cls.from_dict({**read_json(path), **kwargs}, origin=str(path))
+        values = read_json(path)
+        made = cls.from_dict({**values, **kwargs}, origin=str(path))
+        made.check_file(values, str(path))
+        return made
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

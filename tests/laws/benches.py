@@ -29,8 +29,8 @@ class Around(nn.Module):
         self.l = layer
         self.rest = nn.LayerNorm(3)
 
-    def forward(self, *args: Any) -> Tensor:
-        y = self.l(*args)
+    def forward(self, *args: Any, **unread: Any) -> Tensor:
+        y = self.l(*args)  # other arguments are let pass, as transformers' models do
         return y[0] if isinstance(y, tuple) else y
 
 
@@ -102,10 +102,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def biased(layer: nn.MultiheadAttention) -> nn.MultiheadAttention:
-    """With biases as training leaves them: new ones are zero, so that what multiplies them does nothing."""
-    for bias in (layer.in_proj_bias, layer.out_proj.bias):
-        nn.init.normal_(bias, std=0.2)
+def biased(layer: nn.Module) -> nn.Module:
+    """With biases as training leaves them: new ones may be zero, so that what multiplies them does nothing."""
+    for name, parameter in layer.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.2)
     return layer
 
 
@@ -131,7 +132,7 @@ BENCHES: dict[str, Bench] = {
     b.name: b
     for b in [
         Bench("linear", sites.Linear, lambda: nn.Linear(INNER, OUTER), _rows),
-        Bench("conv1d", sites.Conv1D, lambda: TransposedLinear(OUTER, INNER), _rows),
+        Bench("conv1d", sites.Conv1D, lambda: biased(TransposedLinear(OUTER, INNER)), _rows),
         Bench("conv2", sites.Conv, lambda: nn.Conv2d(INNER, OUTER, 3, padding=1), _image(2)),
         Bench("grouped", sites.Conv, lambda: nn.Conv2d(INNER, OUTER, 3, groups=2), _image(2)),
         Bench("embedding", sites.Embedding, lambda: nn.Embedding(TOKENS, OUTER), _ids),
@@ -141,12 +142,8 @@ BENCHES: dict[str, Bench] = {
             lambda: biased(nn.MultiheadAttention(INNER, 2, batch_first=True)),
             _attention,
         ),
-        Bench(
-            "matrix", sites.Parameter, Projection, _rows, {**_PARAMETERS, "target_parameters": ["l.matrix"]}
-        ),
-        Bench(
-            "experts", sites.Parameter, Experts, _rows, {**_PARAMETERS, "target_parameters": ["l.up", "l.down"]}
-        ),
+        Bench("matrix", sites.Parameter, Projection, _rows, {**_PARAMETERS, "target_parameters": ["l.matrix"]}),
+        Bench("experts", sites.Parameter, Experts, _rows, {**_PARAMETERS, "target_parameters": ["l.up", "l.down"]}),
         # variations
         Bench("no-bias", sites.Linear, lambda: nn.Linear(INNER, OUTER, bias=False), _rows, common=False),
         Bench("conv1", sites.Conv, lambda: nn.Conv1d(INNER, OUTER, 3, stride=2), _image(1), common=False),

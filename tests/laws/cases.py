@@ -40,6 +40,11 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "LILY": {"plain": {"r": 4}},
     "TRAINABLE_TOKENS": {"plain": {"token_indices": [7, 1, 3]}},
     "VERA": {"plain": {"r": 4}},
+    "ADAMSS": {
+        "plain": {"r": 4, "num_subspaces": 3, "subspace_rank": 2},
+        "dynamic": {"r": 4, "num_subspaces": 2, "subspace_rank": 4, "use_dynamic_rank": True, "svd_threshold": 0.3},
+    },
+    "FROD": {"plain": {"sparse_rate": 0.1}, "seeded": {"sparse_rate": 0.1, "save_projection": False}},
     "ADALORA": {"plain": {"init_r": 4, "target_r": 2, "total_step": 10}},
     "BOFT": {
         "plain": {"boft_block_size": 4},
@@ -131,6 +136,11 @@ REFUSED = {
     ("IA3", "feedforward"): _EMBEDDINGS,
     ("PVERA", "plain"): {"grouped"},
     ("PVERA", "seeded"): {"grouped"},
+    **{
+        (name, s): {"experts", "experts-transposed"}
+        for name in ("ADAMSS", "FROD")
+        for s in ("plain", "dynamic", "seeded")
+    },
     ("BOFT", "butterfly"): _EMBEDDINGS | {"grouped", "experts", "experts-transposed"},
 }
 """Settings that a layer rightly refuses: they mean nothing there, or their values do not fit its shape."""

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from graftlet import Call, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict, using
 from graftlet.config import PeftConfig
-from graftlet.core.host import hosts
-from graftlet.core.layer import Base, widened
-from graftlet.errors import CallError, ConfigError, GraftletError, MergeError
+from graftlet.core.layer import widened
+from graftlet.errors import CallError, ConfigError, MergeError
 from graftlet.model.peft_model import PeftModel
 from graftlet.weights.site import Attention, Parameter
 
@@ -39,7 +38,7 @@ def table(*, quick: Callable[[Case], bool] = lambda c: True, only: Callable[[Cas
 
 def representative(case: Case) -> bool:
     """Plain settings on every common layer, and every setting on a linear one."""
-    return case.bench.common and case.first or case.bench.name == "linear"
+    return (case.bench.common and case.first) or case.bench.name == "linear"
 
 
 def linear(case: Case) -> bool:
@@ -95,7 +94,9 @@ def by_weight(model: PeftModel, case: Case, weights: dict[str, tuple[Tensor, Ten
     bare = copy.deepcopy(model).unload().double()
     for key, (W, b) in weights.items():
         site = layers(model)[key].site
-        owner = bare.get_submodule(key.removeprefix("base_model.model.").replace("base_layer.", "").removesuffix(".base_layer"))
+        owner = bare.get_submodule(
+            key.removeprefix("base_model.model.").replace("base_layer.", "").removesuffix(".base_layer")
+        )
         shape = getattr(owner, site.name).shape
         kept = site.kept(W).double()
         assert kept.shape == shape
@@ -193,7 +194,7 @@ def test_disabled_equals_the_base(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF], ids=["bfloat16", "float16"])
-@table(quick=lambda c: linear(c) or c.first and c.bench.name in ("embedding", "conv2"))
+@table(quick=lambda c: linear(c) or (c.first and c.bench.name in ("embedding", "conv2")))
 def test_adapters_on_a_half_precision_base(case: Case, dtype: torch.dtype) -> None:
     """The adapter is kept in single precision; outputs have the base's dtype and its precision."""
     model = adapted(case, dtype)
@@ -326,7 +327,9 @@ def test_its_config_survives_json(case: Case, tmp_path: Path) -> None:
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is type(config)
     first, then = config.to_dict(), again.to_dict()
-    assert {k: v for k, v in first.items() if k != "peft_version"} == {k: v for k, v in then.items() if k != "peft_version"}
+    assert {k: v for k, v in first.items() if k != "peft_version"} == {
+        k: v for k, v in then.items() if k != "peft_version"
+    }
 
 
 @table(quick=representative)

@@ -16,6 +16,14 @@ from .reference import peft
 ENTRIES = [pytest.param(e, id=e.name.lower()) for e in entries()]
 
 
+NEEDED: dict[str, dict[str, Any]] = {
+    "TRAINABLE_TOKENS": {"token_indices": [1]},
+    "IA3": {"feedforward_modules": ["v"]},
+    "ADALORA": {"total_step": 9},
+}
+"""What a config cannot do without."""
+
+
 def defaults(config: type) -> dict[str, Any]:
     found = {}
     for f in dataclasses.fields(config):
@@ -39,7 +47,7 @@ def test_fields_and_defaults_are_the_references(entry: Entry) -> None:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_saved_config_reads_the_same_in_both(entry: Entry, tmp_path: Any) -> None:
-    values = {"trainable_tokens": {"token_indices": [1]}, "ia3": {"feedforward_modules": ["v"]}, "adalora": {"total_step": 9}}.get(entry.name.lower(), {})
+    values = NEEDED.get(entry.name, {})
     names = {f.name for f in dataclasses.fields(entry.config)}
     if "target_modules" in names:
         values = {**values, "target_modules": "v" if entry.name == "ADAPTION_PROMPT" else ["v", "q"]}

@@ -56,7 +56,9 @@ class Call:
 
     def part(self, name: str, index: Tensor, count: int) -> Call:
         """The context of some of `count` rows, which one adapter serves."""
-        values = {n: v.index_select(0, index.to(v.device)) for n in self.values if (v := self.value(n, count)) is not None}
+        values = {
+            n: v.index_select(0, index.to(v.device)) for n in self.values if (v := self.value(n, count)) is not None
+        }
         return Call(alone=name, values=values)
 
     def _found(self, rows: tuple[str, ...], count: int, device: torch.device) -> list[tuple[str, Tensor]]:

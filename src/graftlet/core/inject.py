@@ -24,7 +24,7 @@ from .layer import AdaptedLayer, Branch, relink
 from .method import Block, Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place
-from .tensors import Common, as_held, attribute, split
+from .tensors import Common, as_held, attribute, common_of, split
 
 
 @dataclass
@@ -106,18 +106,17 @@ class Plan:
         return self
 
     def _apply_commons(self) -> None:
-        boxes: dict[str, Common] = {}
+        groups: dict[str, dict[str, Common]] = {"": {}}
         for common_name, (spec, tensor) in self.commons.items():
+            common_name, _, group = common_name.partition("/")
             box_name, entry = split(common_name)
-            box = self.root._modules.get(box_name)
-            if not isinstance(box, Common):
-                box = Common()
-                self.root.add_module(box_name, box)
+            box = common_of(self.root, box_name, group)
             box.attach(self.name, entry or "", tensor, spec)
-            boxes[box_name] = box
+            groups.setdefault(group, {})[box_name] = box
         for item in self.items:
-            if boxes and isinstance(item.host, AdaptedLayer):
-                item.host.commons[self.name] = boxes
+            if self.commons and item.branch is not None and isinstance(item.host, AdaptedLayer):
+                own = groups.get(item.branch.method.group(item.branch.key), {})
+                item.host.commons[self.name] = {**groups[""], **own}
 
     def settle(self) -> None:
         """Write the base weights that initialisations asked for: the last step, once nothing else can fail."""

@@ -243,7 +243,8 @@ class AdaptedLayer(AdapterHost):
         shared = self.commons.get(name, {})
         for called, common in shared.items():
             held = common[name]
-            values[called] = held if dtype is None or isinstance(held, Leaf) else held.to(dtype)
+            whole = dtype is None or isinstance(held, Leaf) or not held.is_floating_point()
+            values[called] = held if whole else held.to(dtype)
         values["shared"] = tuple(shared)
         return View(self.configs[name], self.site, dtype or kept, values)
 

@@ -17,7 +17,7 @@ from ..errors import MergeError, MergeWarning, listing, warn
 from .host import AdapterHost, bare, check_known, commons, hosts
 from .layer import AdaptedLayer
 from .replace import Replacement
-from .tensors import Common
+from .tensors import Common, Groups
 from .ties import tied
 
 
@@ -137,7 +137,7 @@ def unload(model: nn.Module) -> None:
     for name, child in list(model._modules.items()):  # each place, also of a module that stands in two
         if child is None:
             continue
-        if isinstance(child, Common):
+        if isinstance(child, (Common, Groups)):
             delattr(model, name)
             continue
         setattr(model, name, bare(child))

@@ -46,6 +46,11 @@ class Spec:
     persistent: bool = True
     disk: str | None = None
 
+    @classmethod
+    def frozen(cls, shape: tuple[int, ...], dtype: torch.dtype | None = None, saved: bool = False) -> Spec:
+        """A tensor that does not learn, and stands in no file and no `state_dict()` unless `saved`."""
+        return cls(shape, trainable=False, dtype=dtype, saved=saved, persistent=saved)
+
 
 class View:
     """One adapter's tensors and settings on one layer.
@@ -123,6 +128,8 @@ class Method:
     unmergeable: ClassVar[str | None] = None
     unmixable: ClassVar[str | None] = None
     follows_ties: ClassVar[bool] = False
+    saves_embedding: ClassVar[bool] = True
+    """An embedding that it is on goes to the file with it, as the format has it."""
     carries: ClassVar[tuple[str, ...]] = ()
     exact_start: ClassVar[bool] = True
     """A new adapter changes nothing until it is trained."""
@@ -155,6 +162,10 @@ class Method:
     def derived(self, config: PeftConfig) -> bool:
         """Whether loading must run `init` too, since part of what it makes is not in the file."""
         return False
+
+    def group(self, key: str) -> str:
+        """Of the layers that share `commons` in groups, the one that a layer is of."""
+        return ""
 
     def commons(self, config: PeftConfig, sites: Mapping[str, Site]) -> dict[str, Spec]:
         """Tensors that all of an adapter's layers share, held once: `p.<name>` on each of them."""
@@ -378,27 +389,58 @@ class Block:
         """Fill the tensors in place."""
         raise NotImplementedError
 
-    def call(self, p: dict[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, p: Mapping[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The adapted block's output."""
         raise NotImplementedError
 
 
 class Prompt(nn.Module):
-    """What a prompt method puts before the input's embeddings. A subclass makes `embedding`, and may override `rows`.
+    """What a prompt method puts before the input's embeddings. A subclass makes `embedding`, and may override the rest.
 
     Args:
-        config: with its sizes filled in. words: the model's input embedding. loading: the rows come from a file, so
-            nothing needs to be started and only `embedding` is needed, in the shape that the file has.
+        config: with its sizes filled in. words: the model's input embedding. loading: the tensors come from a file, so
+            nothing needs to be started, and only what the file has is needed, in the shapes that it has there.
+
+    takes: arguments of a call that are for the prompt and not for the model, such as a task's number.
     """
 
     law: ClassVar[str] = "one"
     unmergeable: ClassVar[str | None] = "it changes no weight"
+    takes: ClassVar[tuple[str, ...]] = ()
     embedding: nn.Embedding
 
     def rows(self) -> Tensor:
-        """The prompt, `[tokens, dim]`: what goes before every row of a batch, and into the file."""
+        """The prompt, `[tokens, dim]`, as it goes to the file."""
         return self.embedding.weight
+
+    def prompt(self, batch: int, given: Mapping[str, Any]) -> Tensor:
+        """What goes before each row of a batch, `[batch, tokens, dim]`; `given` has the arguments named in `takes`."""
+        return self.rows().expand(batch, -1, -1)
+
+    def labels(self, like: Tensor, tokens: int) -> Tensor:
+        """The labels of the prompt's own tokens, `[batch, tokens]`, before a call's; no loss looks at these."""
+        return like.new_full((like.shape[0], tokens), IGNORED)
+
+    def finish(self, output: Any, given: Mapping[str, Any]) -> Any:
+        """The output of a call with this prompt; a method with a loss of its own puts it there."""
+        return output
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors of the file."""
+        return {ROWS: self.rows()}
+
+    def assign(self, given: Mapping[str, Tensor]) -> None:
+        """Take over a file's tensors, as many as are given, of the shapes that `saved` has."""
+        if ROWS in given:
+            self.embedding.weight.copy_(given[ROWS])
 
 
 class Cache(Prompt):
     """Keys and values that a prompt method puts into the cache: `rows` is `[tokens, layers * 2 * heads * size]`."""
+
+
+ROWS = "prompt_embeddings"
+"""What a prompt's rows are called in the file."""
+
+IGNORED = -100
+"""The label that no loss looks at."""

@@ -90,7 +90,7 @@ def token_items(model: nn.Module, config: PeftConfig, saved: set[str]) -> list[I
 
 def _input_embedding(model: nn.Module) -> str:
     ask = getattr(model, "get_input_embeddings", None)
-    standing = ask() if callable(ask) else None
+    standing: Any = ask() if callable(ask) else None
     path = next((p.path for p in walk(model) if standing is not None and p.bare is bare(standing)), None)
     if path is None:
         raise ConfigError(
@@ -242,8 +242,9 @@ def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
 
 def _check_patterns(made: Plan) -> None:
     paths = [i.branch.key for i in made.items if i.branch is not None]
-    for name in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(made.config, name, None) or {}
+    for name, patterns in vars(made.config).items():
+        if not name.endswith("_pattern") or not isinstance(patterns, dict):
+            continue
         idle = [k for k in patterns if not any(by_pattern({k: True}, p, False) for p in paths)]
         if idle and made.config.reads_patterns:
             warn(PatternWarning, f"{name} has {listing(map(repr, idle))}, which match none of the adapted layers.")

@@ -53,7 +53,7 @@ def replicate(model: nn.Module, ranges: Ranges | None, adapted: bool) -> bool:
     for index, block in enumerate(made):
         for module in block.modules():
             if isinstance(module.__dict__.get("layer_idx"), int):
-                module.layer_idx = index  # pyright: ignore[reportAttributeAccessIssue]  where a cache keeps its part
+                module.layer_idx = index  # pyright: ignore[reportArgumentType]  where a cache keeps its part
     made.__dict__["replicated"] = Replicated(stack, order)  # not as an attribute: the list is no submodule of it
     setattr(parent, child, made)
     _tell(model, made)

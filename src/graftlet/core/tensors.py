@@ -119,6 +119,21 @@ class Common(Box):
                 tensor.requires_grad_(requires_grad)
 
 
+class Groups(nn.Module):
+    """Tensors of one name, each shared by the layers of a group: `frod_V.self_attn_q_proj.default`."""
+
+
+def common_of(root: nn.Module, name: str, group: str = "") -> Common:
+    """The box of a shared tensor at the root of a model, made where there is none."""
+    if group:
+        if not isinstance(root._modules.get(name), Groups):
+            root.add_module(name, Groups())
+        root, name = cast(nn.Module, root._modules[name]), group
+    if not isinstance(root._modules.get(name), Common):
+        root.add_module(name, Common())
+    return cast(Common, root._modules[name])
+
+
 class Leaf(nn.Module):
     """A module of its own for one tensor, as `lora_A.default` is: callable as the linear map it would be.
 
@@ -177,9 +192,18 @@ class Mirror(Leaf):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self["weight"] if keep_vars else self["weight"].detach()
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, meta: Any, strict: bool, *lists: list[str]) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         if f"{prefix}weight" not in state_dict:
-            lists[0].append(f"{prefix}weight")  # what is there, the other layer loads
+            missing_keys.append(f"{prefix}weight")  # what is there, the other layer loads
 
 
 def share(source: Holder, layer: Holder, adapter: str, tensor_name: str) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
-from ..registry import lookup
 from . import lifecycle, replication, ties
 from .host import check_name, hosts
 from .inject import Plan
@@ -38,6 +37,8 @@ class BaseTuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.pending: tuple[Plan, Before] | None = None
         self.vocabulary = vocabulary(model)
+        self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
+        self.penalised: list[str] = []  # adapters whose methods have a `penalty`
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.inject(config, name, meta=low_cpu_mem_usage)
@@ -52,7 +53,7 @@ class BaseTuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self.model(*args, **kwargs)
-        if self.training and isinstance(getattr(outputs, "loss", None), Tensor):
+        if self.training and self.penalised and isinstance(getattr(outputs, "loss", None), Tensor):
             for penalty in self.penalties():
                 outputs.loss = outputs.loss + penalty.to(outputs.loss)
         return outputs
@@ -60,13 +61,11 @@ class BaseTuner(nn.Module):
     def penalties(self) -> list[Tensor]:
         """What the active adapters add to the loss: their distance from what their methods assume of them."""
         found = []
-        for name, config in self.peft_config.items():
-            method = lookup(config.peft_type).method
-            if issubclass(method, Method) and method.penalty is not Method.penalty:
-                layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
-                views = [h.view(name) for h in layers]
-                found.append(method().penalty(views) if views else None)
-        return [penalty for penalty in found if penalty is not None]
+        for name in self.penalised:
+            layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
+            penalty = layers[0].methods[name].penalty([h.view(name) for h in layers]) if layers else None
+            found += [] if penalty is None else [penalty]
+        return found
 
     def inject(
         self,
@@ -99,6 +98,7 @@ class BaseTuner(nn.Module):
             before.restore()
             raise
         self.peft_config[name] = config
+        self._note(name, made.entry.method)
         if made.targets is not None and "target_modules" in config.__dataclass_fields__:
             config.target_modules = made.targets  # as every reader of the file will want it: written out
         if not adapted:
@@ -112,6 +112,11 @@ class BaseTuner(nn.Module):
             self.pending = (made, before)
         return made
 
+    def _note(self, name: str, method: type) -> None:
+        if issubclass(method, Method):
+            self.carried = tuple(dict.fromkeys([*self.carried, *method.carries]))
+            self.penalised += [name] if method.penalty is not Method.penalty else []
+
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""
         if self.pending is not None:
@@ -124,7 +129,7 @@ class BaseTuner(nn.Module):
             made, before = self.pending
             made.undo()
             before.restore()
-            self.peft_config.pop(made.name)
+            self._forget(made.name)
         self.pending = None
 
     @property
@@ -152,7 +157,11 @@ class BaseTuner(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its config."""
         lifecycle.delete_adapter(self.model, adapter_name)
-        self.peft_config.pop(adapter_name)
+        self._forget(adapter_name)
+
+    def _forget(self, name: str) -> None:
+        self.peft_config.pop(name)
+        self.penalised = [n for n in self.penalised if n != name]
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""

@@ -42,7 +42,7 @@ class AdaLoraConfig(LoraConfig):
     init_r: int = 12
     tinit: int = 0
     tfinal: int = 0
-    deltaT: int = 1  # noqa: N815  the format's name
+    deltaT: int = 1
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
@@ -57,7 +57,9 @@ class AdaLoraConfig(LoraConfig):
         total = self.total_step or 0
         self.require(total > 0, f"total_step={self.total_step}; the number of training steps is needed, to plan cuts.")
         room = self.tinit < total - self.tfinal
-        self.require(room, f"total_step={total} leaves no step for cuts between tinit={self.tinit} and tfinal={self.tfinal}.")
+        self.require(
+            room, f"total_step={total} leaves no step for cuts between tinit={self.tinit} and tfinal={self.tfinal}."
+        )
         used = next((name for name in OTHERS if getattr(self, name)), "")
         self.require(not used, f"{used} is an option of LoRA that AdaLoRA does not have; leave it out.")
 
@@ -122,7 +124,7 @@ class AdaLoRA(LowRank):
 def mask_of(config: PeftConfig, key: str) -> list[bool] | None:
     """Which triplets of a layer are left, where that is known yet."""
     name = f"{key}.lora_E"
-    patterns = config.rank_pattern or {}
+    patterns: dict[str, list[bool]] = getattr(config, "rank_pattern", None) or {}
     return next((mask for k, mask in patterns.items() if k == name or k.startswith(f"{name}.")), None)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +75,7 @@ class AdaptionPrompt(Block):
         tensors["adaption_prompt"].normal_()
         tensors["adaption_gate"].zero_()
 
-    def call(self, p: dict[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, p: Mapping[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         output, *rest = block(*args, **kwargs)
         given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
         x = given["hidden_states"]

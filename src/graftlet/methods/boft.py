@@ -58,7 +58,9 @@ class BOFT(InputMap):
         assert isinstance(config, BOFTConfig)
         check_dropout(site, key, "boft_dropout", config.boft_dropout)
         n, given = site.basis, config.boft_block_num or config.boft_block_size
-        config.require(n % given == 0, f"{given} blocks, or blocks of {given}, do not divide the {n} inputs of {key!r}.")
+        config.require(
+            n % given == 0, f"{given} blocks, or blocks of {given}, do not divide the {n} inputs of {key!r}."
+        )
         size = n // given if config.boft_block_num else given
         factors = max(config.boft_n_butterfly_factor, 1)
         even = factors == 1 or (size % 2 == 0 and n % (size << (factors - 1)) == 0)
@@ -85,7 +87,7 @@ class BOFT(InputMap):
     def unpack(self, p: View, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """The first factor alone is the same with more factors that turn nothing: some writers make no others."""
         R = given.get("boft_R")
-        if R is None or p.site.stack or not R.shape[:1] == (1,) or p.factors == 1:
+        if R is None or p.site.stack or R.shape[:1] != (1,) or p.factors == 1:
             return given
         return {**given, "boft_R": torch.cat([R, R.new_zeros(p.factors - 1, *R.shape[1:])])}
 

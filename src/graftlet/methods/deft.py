@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DEFT: decompositional efficient fine-tuning (NeurIPS 2025).   W' = W - Q (V^T W) + s Q R,   s = alpha / r, or 1
+"""DEFT: decompositional efficient fine-tuning (arXiv 2509.22793).   W' = W - Q (V^T W) + s Q R,   s = alpha / r, or 1
 
 What W gives inside a subspace is taken out, and a low rank put there instead. `deft_P` `[out, r]` spans it: with relu,
 Q = P and V = relu(P); with qr, Q = V is an orthonormal basis of P. R is `[r, in]`; with `para` there is none.
@@ -54,7 +54,9 @@ class DEFT(Rewrite):
         assert isinstance(config, DeftConfig)
         check_dropout(site, key, "deft_dropout", config.deft_dropout)
         fits = config.decomposition_method == "relu" or config.r <= site.features_out
-        config.require(fits, f"r={config.r} exceeds the {site.features_out} outputs of {key!r}, of which qr makes a basis.")
+        config.require(
+            fits, f"r={config.r} exceeds the {site.features_out} outputs of {key!r}, of which qr makes a basis."
+        )
         return {
             "deft_scaling": 1.0 if config.alpha is None else config.alpha / config.r,
             "deft_dropout": nn.Dropout(config.deft_dropout) if config.deft_dropout else nn.Identity(),
@@ -101,7 +103,7 @@ class DEFT(Rewrite):
     def _rewritten(self, p: View, x: Tensor, before: Stage) -> Tensor:
         """By the weight. Dropout changes what R is given alone."""
         y = super().forward(p, x, before)
-        if p.para or p.site.opaque or not p.training or not p.config.deft_dropout:
+        if p.para or p.site.opaque or not p.training or isinstance(p.deft_dropout, nn.Identity):
             return y
         QR = (p.deft_scaling * bases(p)[0] @ p.deft_R).reshape(before.origin()[0].shape)
         x = p.cast(x)

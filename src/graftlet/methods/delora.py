@@ -8,7 +8,7 @@ W's columns. Those are measured once, on the weight that the adapter starts from
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -38,7 +38,7 @@ class DeloraConfig(Targets, Excludes, Layers, Saves, PeftConfig):
     r: int = 8
     delora_lambda: int = 15
     module_dropout: float = 0.0
-    bias: Literal["none", "all", "delora_only"] = "none"
+    bias: str = "none"
     init_weights: bool = True
     rank_pattern: dict[str, int] | None = field(default_factory=dict)
     lambda_pattern: dict[str, float] | None = field(default_factory=dict)
@@ -48,6 +48,9 @@ class DeloraConfig(Targets, Excludes, Layers, Saves, PeftConfig):
             self.require(rank > 0, f"rank {name}={rank}; a positive number is needed.")
         self.require(
             0 <= self.module_dropout < 1, f"module_dropout={self.module_dropout}; allowed: 0 up to, not with, 1."
+        )
+        self.require(
+            self.bias in ("none", "all", "delora_only"), f"bias={self.bias!r}; allowed: none, all, delora_only."
         )
 
 

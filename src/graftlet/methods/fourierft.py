@@ -45,7 +45,9 @@ class FourierFTConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig)
         for name, count in {"n_frequency": self.n_frequency, **(self.n_frequency_pattern or {})}.items():
             self.require(count > 0, f"number of places {name}={count}; a positive number is needed.")
         seeded = self.random_loc_seed is not None
-        self.require(seeded, "random_loc_seed=None; a number is needed, since the places are drawn again at every load.")
+        self.require(
+            seeded, "random_loc_seed=None; a number is needed, since the places are drawn again at every load."
+        )
         known = self.bias in ("none", "all", "fourier_only", "fourierft_only")
         self.require(known, f"bias={self.bias!r}; allowed: none, all, fourierft_only.")
 
@@ -56,7 +58,10 @@ class FourierFT(Delta):
 
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, FourierFTConfig)
-        count, entries = by_pattern(config.n_frequency_pattern, key, config.n_frequency), site.columns * site.features_out
+        count, entries = (
+            by_pattern(config.n_frequency_pattern, key, config.n_frequency),
+            site.columns * site.features_out,
+        )
         config.require(count <= entries, f"n_frequency={count} exceeds the {entries} entries of the weight of {key!r}.")
         return {"count": count}
 

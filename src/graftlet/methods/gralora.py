@@ -50,7 +50,9 @@ class GraloraConfig(Targets, Layers, Saves, FanInFanOut, PeftConfig):
         self.require(whole, f"gralora_k={self.gralora_k} must be a divisor of r={self.r}: a block has a rank of r / k.")
         rate = self.gralora_dropout
         self.require(0 <= rate < 1, f"gralora_dropout={rate}; allowed: 0 up to, not with, 1.")
-        self.require(self.bias in ("none", "all", "gralora_only"), f"bias={self.bias!r}; allowed: none, all, gralora_only.")
+        self.require(
+            self.bias in ("none", "all", "gralora_only"), f"bias={self.bias!r}; allowed: none, all, gralora_only."
+        )
 
 
 @method("gralora", GraloraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))

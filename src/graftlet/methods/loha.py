@@ -53,14 +53,22 @@ class LoHa(LowRank):
         return {**specs, **cores} if p.cored else specs
 
     def init(self, p: View) -> None:
-        for factor in (p.hada_w1_a, p.hada_w1_b, p.hada_w2_a, p.hada_w2_b, *((p.hada_t1, p.hada_t2) if p.cored else ())):
+        for factor in (
+            p.hada_w1_a,
+            p.hada_w1_b,
+            p.hada_w2_a,
+            p.hada_w2_b,
+            *((p.hada_t1, p.hada_t2) if p.cored else ()),
+        ):
             kaiming(factor, p.site.stack)
         if p.init_weights:
             p.hada_w2_b.zero_()
 
     def delta(self, p: View) -> Tensor:
         if p.cored:
-            one, two = (core(*pair) for pair in ((p.hada_t1, p.hada_w1_a, p.hada_w1_b), (p.hada_t2, p.hada_w2_a, p.hada_w2_b)))
+            one, two = (
+                core(*pair) for pair in ((p.hada_t1, p.hada_w1_a, p.hada_w1_b), (p.hada_t2, p.hada_w2_a, p.hada_w2_b))
+            )
         else:
             one, two = p.hada_w1_a @ p.hada_w1_b, p.hada_w2_a @ p.hada_w2_b
         return shaped(p.site, one * two * p.scaling)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoKr: Kronecker product with a low rank (arXiv 2309.14859).   dW = s (W1 ⊗ W2),   s = alpha / r
 
-W1 is `[l, m]` and W2 `[k, n, *kernel]`, where in = m n and out = l k are split as squarely as they can be. Each is held
+W1 is `[j, m]` and W2 `[k, n, *kernel]`, where in = m n and out = j k are split as squarely as they can be. Each is held
 whole, or as a product of rank r where that is smaller. Applied to an input seen as `[m, n]` it is W1 X W2^T.
 """
 
@@ -55,14 +55,14 @@ class LoKr(Delta):
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, LoKrConfig)
         inner = site.features_in // site.groups
-        (l, k), (m, n) = (factorization(size, config.decompose_factor) for size in (site.features_out, inner))
-        return {**resolved(site, config, key, config.rank_dropout_scale), "first": (l, m), "second": (k, n)}
+        (j, k), (m, n) = (factorization(size, config.decompose_factor) for size in (site.features_out, inner))
+        return {**resolved(site, config, key, config.rank_dropout_scale), "first": (j, m), "second": (k, n)}
 
     def params(self, site: Site, p: View) -> dict[str, Spec]:
-        (l, m), (k, n) = p.first, p.second
-        specs = {"lokr_w1": Spec((l, m))}
-        if p.decompose_both and p.r < max(l, m) / 2:
-            specs = {"lokr_w1_a": Spec((l, p.r)), "lokr_w1_b": Spec((p.r, m))}
+        (j, m), (k, n) = p.first, p.second
+        specs = {"lokr_w1": Spec((j, m))}
+        if p.decompose_both and p.r < max(j, m) / 2:
+            specs = {"lokr_w1_a": Spec((j, p.r)), "lokr_w1_b": Spec((p.r, m))}
         if p.r >= max(k, n) / 2:
             return {**specs, "lokr_w2": Spec((k, n, *site.kernel))}
         if p.use_effective_conv2d and math.prod(site.kernel) > 1:
@@ -82,7 +82,7 @@ class LoKr(Delta):
         W1, W2 = factors(p)
         if shifted(p):
             return shaped(p.site, torch.kron(W1, W2) * p.scaling)
-        product = torch.einsum("lm,kn...->lkmn...", W1, W2).flatten(0, 1).flatten(1, 2)
+        product = torch.einsum("jm,kn...->jkmn...", W1, W2).flatten(0, 1).flatten(1, 2)
         return shaped(p.site, product * p.scaling)
 
     def update(self, p: View, x: Tensor) -> Tensor:
@@ -93,12 +93,12 @@ class LoKr(Delta):
         channels = -1 - len(p.site.kernel)
         parts = x.unflatten(channels, (W1.shape[1], -1))
         h = p.site.op(parts.flatten(0, channels - 1), W2)
-        y = torch.einsum("lm,bmk...->blk...", W1 * p.scaling, h.unflatten(0, (-1, W1.shape[1]))).flatten(1, 2)
+        y = torch.einsum("jm,bmk...->bjk...", W1 * p.scaling, h.unflatten(0, (-1, W1.shape[1]))).flatten(1, 2)
         return dropped(p, y.reshape(*x.shape[:channels], *y.shape[1:]))
 
 
 def factors(p: View) -> tuple[Tensor, Tensor]:
-    """W1 `[l, m]` and W2 `[k, n, *kernel]`, written out where they are products."""
+    """W1 `[j, m]` and W2 `[k, n, *kernel]`, written out where they are products."""
     held = vars(p)
     W1 = p.lokr_w1 if "lokr_w1" in held else p.lokr_w1_a @ p.lokr_w1_b
     if "lokr_w2" in held:

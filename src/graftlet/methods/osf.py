@@ -67,7 +67,7 @@ class OSF(Delta):
         frozen = {"U_start": (out, k), "S_start": (k,), "V_start": (k, inner), "U_high": (out, h), "V_high": (h, inner)}
         return {
             **{f"osf_svd_params.{n}": Spec(s) for n, s in trained.items()},
-            **{f"osf_svd_params.{n}": Spec(s, trainable=False, saved=False, persistent=False) for n, s in frozen.items()},
+            **{f"osf_svd_params.{n}": Spec.frozen(s) for n, s in frozen.items()},
         }
 
     def derived(self, config: PeftConfig) -> bool:

@@ -29,9 +29,7 @@ from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **dict.fromkeys(("gelu", "gelu_python"), F.gelu),
-    **dict.fromkeys(
-        ("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), _tanh_gelu
-    ),
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), _tanh_gelu),
     **dict.fromkeys(("silu", "swish"), F.silu),
     "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
     "hardswish": F.hardswish,

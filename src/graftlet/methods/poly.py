@@ -86,7 +86,9 @@ def tasks(p: View, x: Tensor) -> Tensor:
     found = None if call is None else call.value("task_ids", count)
     if found is None and (p.n_tasks > 1 or (call is not None and "task_ids" in call.values)):
         given = "none" if call is None or "task_ids" not in call.values else str(tuple(call.values["task_ids"].shape))
-        raise CallError(f"Poly with n_tasks={p.n_tasks} needs task_ids, a number for each of {count} rows; given: {given}.")
+        raise CallError(
+            f"Poly with n_tasks={p.n_tasks} needs task_ids, a number for each of {count} rows; given: {given}."
+        )
     if found is None:
         return torch.zeros(count, dtype=torch.int64, device=x.device)
     if found.device.type == "cpu" and not torch.compiler.is_compiling() and int(found.max()) >= p.n_tasks:

@@ -60,7 +60,9 @@ class PsoftConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
             self.require(value > 0, f"{name}={value}; a positive number is needed.")
         self.require(0 <= self.psoft_dropout < 1, f"psoft_dropout={self.psoft_dropout}; allowed: 0 up to, not with, 1.")
         eps = self.cayley_neumann_eps
-        self.require(eps is None or 0 < eps < 1, f"cayley_neumann_eps={eps}; None, or a number between 0 and 1, is needed.")
+        self.require(
+            eps is None or 0 < eps < 1, f"cayley_neumann_eps={eps}; None, or a number between 0 and 1, is needed."
+        )
 
 
 @method("psoft", PsoftConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))

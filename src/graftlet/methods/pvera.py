@@ -69,9 +69,11 @@ class Noise(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         mean, log_variance = h.chunk(2, -1)
-        return mean + torch.randn(mean.shape, dtype=h.dtype, device=h.device, generator=self._generator(h)) * (
-            log_variance / 2
-        ).exp()
+        return (
+            mean
+            + torch.randn(mean.shape, dtype=h.dtype, device=h.device, generator=self._generator(h))
+            * (log_variance / 2).exp()
+        )
 
     def _generator(self, h: Tensor) -> torch.Generator | None:
         if self.seed is None:

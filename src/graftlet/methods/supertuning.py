@@ -58,7 +58,9 @@ class SuperTuning(Delta):
         check_dropout(site, key, "lora_dropout", config.lora_dropout)
         entries = site.columns * site.features_out
         count = int(entries * (1 - config.sparsity))
-        config.require(count > 0, f"sparsity={config.sparsity} leaves nothing to train of the {entries} weights of {key!r}.")
+        config.require(
+            count > 0, f"sparsity={config.sparsity} leaves nothing to train of the {entries} weights of {key!r}."
+        )
         alpha = 2 * (config.r or 0) if config.lora_alpha is None else config.lora_alpha
         return {
             "places": count,
@@ -67,8 +69,7 @@ class SuperTuning(Delta):
         }
 
     def params(self, site: Site, p: View) -> dict[str, Spec]:
-        kept = p.save_precomputed_indices
-        places = Spec((p.places,), trainable=False, dtype=torch.int32, saved=kept, persistent=kept)
+        places = Spec.frozen((p.places,), torch.int32, p.save_precomputed_indices)
         sparse = {"supertuning_values": Spec((p.places,)), "supertuning_indices": places}
         if p.r is None:
             return sparse

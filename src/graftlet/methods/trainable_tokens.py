@@ -49,6 +49,7 @@ class TrainableTokensConfig(Targets, PeftConfig):
 class TrainableTokens(Rewrite):
     law = "chain"
     follows_ties = True
+    saves_embedding = False
 
     def complete(self, config: PeftConfig, model: nn.Module) -> None:
         if config.target_modules is None and callable(ask := getattr(model, "get_input_embeddings", None)):

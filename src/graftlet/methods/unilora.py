@@ -7,6 +7,7 @@ n_i entries read the same. The places are shuffled by a seed and dealt out in th
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -131,9 +132,11 @@ class Deck:
 
     def _shuffled(self) -> Tensor:
         try:
-            import numpy
+            numpy = importlib.import_module("numpy")
         except ImportError as error:
-            raise DependencyError("Uni-LoRA's places are drawn by numpy, as its format says: pip install numpy.") from error
+            raise DependencyError(
+                "Uni-LoRA's places are drawn by numpy, as its format says: pip install numpy."
+            ) from error
         draw = numpy.random.default_rng(self.seed)
         each, rest = divmod(self.size, self.length)
         more = draw.choice(self.length, size=rest, replace=False)

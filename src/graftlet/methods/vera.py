@@ -29,8 +29,6 @@ class VeraConfig(SharedPairConfig):
     vera_dropout: float = 0.0
 
 
-@method(
-    "vera", VeraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter), prefix="vera_lambda_"
-)
+@method("vera", VeraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter), prefix="vera_lambda_")
 class VeRA(SharedPair):
     name = "vera"

@@ -22,7 +22,7 @@ from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .parts.low_rank import shaped
 from .parts.sparse import few, scattered, seeded_places
-from .parts.wavelet import analysis, bands, families, places_in_bands, synthesis
+from .parts.wavelet import FAMILIES, analysis, bands, places_in_bands, synthesis
 
 
 @dataclass(kw_only=True)
@@ -52,10 +52,12 @@ class WaveFTConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
     def check(self) -> None:
         for name, count in {"n_frequency": self.n_frequency, **(self.n_frequency_pattern or {})}.items():
             self.require(count > 0, f"number of places {name}={count}; a positive number is needed.")
-        hint = nearest(self.wavelet_family, families())
-        known = self.wavelet_family in families()
-        self.require(known, f"wavelet_family={self.wavelet_family!r}{hint} Allowed: {listing(families(), 80)}.")
-        self.require(self.bias in ("none", "all", "waveft_only"), f"bias={self.bias!r}; allowed: none, all, waveft_only.")
+        hint = nearest(self.wavelet_family, FAMILIES)
+        known = self.wavelet_family in FAMILIES
+        self.require(known, f"wavelet_family={self.wavelet_family!r}{hint} Allowed: {listing(FAMILIES, 80)}.")
+        self.require(
+            self.bias in ("none", "all", "waveft_only"), f"bias={self.bias!r}; allowed: none, all, waveft_only."
+        )
 
 
 @method("waveft", WaveFTConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
@@ -106,14 +108,19 @@ class WaveFT(Delta):
         if not few(x, p.waveft_spectrum, p.site):
             return super().update(p, x)
         h = analysis(x, p.wavelet_family) if p.use_idwt else x
-        y = scattered(h, p.waveft_spectrum * p.scaling, *p.waveft_places, extent(p)[0])
+        rows, columns = p.waveft_places
+        y = scattered(h, p.waveft_spectrum * p.scaling, rows, columns, extent(p)[0])
         return synthesis(y, p.wavelet_family, p.site.features_out) if p.use_idwt else y
 
 
 def extent(p: View) -> tuple[int, int]:
     """The height and width of S, with its bands."""
     height, width = p.site.features_out, p.site.columns
-    return (2 * bands(height, p.wavelet_family)[0], 2 * bands(width, p.wavelet_family)[0]) if p.use_idwt else (height, width)
+    return (
+        (2 * bands(height, p.wavelet_family)[0], 2 * bands(width, p.wavelet_family)[0])
+        if p.use_idwt
+        else (height, width)
+    )
 
 
 def checked(count: int, site: Site, key: str) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.host import hosts
 from ..core.layer import AdaptedLayer
 from ..errors import ConfigError
-from ..methods.adalora import AdaLoraConfig, AdaLoRA
+from ..methods.adalora import AdaLoRA, AdaLoraConfig
 
 PARTS = ("lora_A", "lora_B", "lora_E")
 
@@ -33,7 +33,9 @@ class RankAllocator:
     def __init__(self, model: nn.Module, adapter_name: str = "default") -> None:
         found = [h for _, h in hosts(model) if isinstance(h, AdaptedLayer) and adapter_name in h.adapters]
         if not found or not all(isinstance(h.methods[adapter_name], AdaLoRA) for h in found):
-            raise ConfigError(f"adapter {adapter_name!r} is no AdaLoRA adapter of this model; only those have a budget.")
+            raise ConfigError(
+                f"adapter {adapter_name!r} is no AdaLoRA adapter of this model; only those have a budget."
+            )
         self.adapter, self.layers = adapter_name, {h.keys[adapter_name]: h for h in found}
         config = found[0].configs[adapter_name]
         assert isinstance(config, AdaLoraConfig)

@@ -17,7 +17,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.method import View
 from ...errors import ConfigError, nearest
 from ...weights.site import Embedding, Site
 from ..data.stream import kept

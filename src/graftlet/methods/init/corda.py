@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CorDA: directions that matter for given data (arXiv 2406.05223).   U S V^T = W C,  A = sqrt(S / s) V^T C^-1,  B = U sqrt(S / s)
+"""CorDA: directions that matter for given data (arXiv 2406.05223).   U S V^T = W C, A = sqrt(S / s) V^T C^-1, B = U sqrt(S / s)
 
 C is the damped covariance of the layer's inputs. The instruction-previewed mode (`ipm`) trains the first r directions, the
 knowledge-preserved one (`kpm`) the last r, which the data does not use. The base keeps W - s B A.
@@ -61,7 +61,9 @@ def corda(p: View, A: Tensor, B: Tensor) -> Tensor:
     """The pair from the directions that `preprocess_corda` left on the layer."""
     U, S, V = (t.to(A.device) for t in kept(p.site, "corda"))
     if len(S) != p.r:
-        raise ConfigError(f"{p.key!r} was prepared for rank {len(S)}, not {p.r}; run preprocess_corda with this config.")
+        raise ConfigError(
+            f"{p.key!r} was prepared for rank {len(S)}, not {p.r}; run preprocess_corda with this config."
+        )
     root = (S / p.scaling).sqrt()
     A.copy_(root[:, None] * V.T)
     B.copy_(U * root)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def get_eva_state_dict(
     Raises:
         ConfigError: the data is empty, or never reaches a layer.
     """
-    config = peft_config if peft_config is not None else model.peft_config[adapter_name]  # type: ignore[index]
+    config = cast(Any, model).peft_config[adapter_name] if peft_config is None else peft_config
     options = config.eva_config or EvaConfig()
     sites = linear_layers(model, config)
     found = {k: Directions(_most(config, options, k, site.features_in), options.tau) for k, site in sites.items()}

@@ -6,7 +6,6 @@ That file holds each family's low-pass taps; the high-pass ones are the same bac
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -14,16 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-@functools.cache
-def families() -> dict[str, list[float]]:
-    """Low-pass synthesis taps by family."""
-    return json.loads(Path(__file__).parents[1].joinpath("wavelets.json").read_text())
+FAMILIES: dict[str, list[float]] = json.loads(Path(__file__).parents[1].joinpath("wavelets.json").read_text())
+"""Low-pass synthesis taps by family."""
 
 
 def filters(family: str, like: Tensor) -> Tensor:
     """The low-pass and the high-pass filter, `[2, 1, taps]`."""
-    low = families()[family]
+    low = FAMILIES[family]
     high = [-tap if k % 2 else tap for k, tap in enumerate(reversed(low))]
     return torch.tensor([[low], [high]], dtype=like.dtype, device=like.device)
 
@@ -46,7 +42,7 @@ def analysis(x: Tensor, family: str) -> Tensor:
 
 def bands(size: int, family: str) -> tuple[int, int]:
     """The length of each band of a signal's, and how many coefficients stand before a row of `size` put in their middle."""
-    half = (size + len(families()[family]) - 1) // 2
+    half = (size + len(FAMILIES[family]) - 1) // 2
     return half, (2 * half - size) // 2
 
 

@@ -113,8 +113,7 @@ def chosen(config: Any) -> type[Wrapper] | None:
         return None
     if len(asked) > 1:
         raise ConfigError(f"{type(config).__name__}: {' and '.join(asked)} do not go together; choose one.")
-    kind = _table[asked[0]]
-    return kind
+    return _table[asked[0]]
 
 
 def check(config: Any, start: str) -> None:
