@@ -160,7 +160,7 @@ def test_options_train(base: Path, data: Path, tmp_path: Path, changes: dict[str
         for k, v in {**tiny.recipe(base, data, data)["adapter"], **changes.get("adapter", {})}.items()
         if v is not None
     }
-    tables = tiny.recipe(base, data, tmp_path / "out", **{**changes})
+    tables = tiny.recipe(base, data, tmp_path / "out", **changes)
     tables["adapter"] = adapter
     result = train(check(tables), (), QUIET)
     losses = [h["loss"] for h in result.summary["history"] if "loss" in h]
