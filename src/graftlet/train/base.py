@@ -30,11 +30,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number type of a name; `auto` is bfloat16 on a CUDA device that computes in it, else float32."""
+    """The number type of a name; `auto` is bfloat16 on a device that computes in it, else float32."""
     if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
     return getattr(torch, name)
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """A processor without the instructions can do it too, but takes ten times as long as in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    known = (
+        getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if torch.backends.mkldnn.is_available() else None
+    )
+    return device.type == "cpu" and known is not None and known()
 
 
 def set_threads(threads: int | str) -> int:

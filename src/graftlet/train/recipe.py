@@ -37,7 +37,7 @@ class ModelTable(Table):
     """A folder, a hub id, or `package:DIST` for a GGUF file inside an installed Python package."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """`auto` is bfloat16 on an accelerator that has it, else float32."""
+    """`auto` is bfloat16 on a device that computes in it, else float32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
