@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graftlet.errors import ConfigError
-from graftlet.train.batches import Collator, check_isolation, feature, pack
+from graftlet.train.batches import Collator, check_isolation, feature, pack, takes_ends
 from graftlet.train.tokens import IGNORED, Encoded
 
 from . import tiny
@@ -78,3 +78,22 @@ def test_isolation_is_checked() -> None:
 
     with pytest.raises(ConfigError, match="packed examples see each other"):
         check_isolation(Leaking(), batch)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_logits_of_the_answers_alone_give_the_same_loss_and_gradients(packed: bool) -> None:
+    rows = [Encoded(r.input_ids, [IGNORED] * (len(r.input_ids) - 2) + r.labels[-2:]) for r in some_rows(4)]
+    features = pack(rows, 60) if packed else [feature(r) for r in rows[2:]]
+    model = tiny.model().train()
+    assert takes_ends(model)
+    found = []
+    for ends in (False, True):
+        batch = Collator(0, ends)(features)
+        model.zero_grad()
+        out = model(**batch, use_cache=False)
+        out.loss.backward()
+        found.append((out.logits.shape[1], out.loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    (whole, loss, grads), (kept, same_loss, same_grads) = found
+    assert kept < whole or packed
+    torch.testing.assert_close(same_loss, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(same_grads, grads, rtol=1e-4, atol=1e-6)

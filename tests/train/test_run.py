@@ -19,6 +19,7 @@ from graftlet.train.batches import Collator, Rows
 from graftlet.train.callbacks import RichProgress, clock
 from graftlet.train.recipe import check
 from graftlet.train.run import Result, train
+from graftlet.train.trainer import AdapterTrainer, training_arguments
 
 from . import tiny
 
@@ -186,6 +187,20 @@ def test_ctrl_c_saves_and_says_how_to_go_on(base: Path, data: Path, tmp_path: Pa
         run(base, data, tmp_path / "out", callbacks=(Press(),))
     assert signal.getsignal(signal.SIGINT) is before
     assert run(base, data, tmp_path / "out", resume=True).summary["training"]["steps"] == 6
+
+
+def test_grouping_by_length_leaves_little_to_fill(base: Path, data: Path, tmp_path: Path) -> None:
+    filling = {}
+    for grouped in (False, True):
+        table = {"group_by_length": grouped, "max_steps": 1}
+        recipe = check(tiny.recipe(base, data, tmp_path / str(grouped), training=table))
+        args = training_arguments(recipe, torch.device("cpu"), 1)
+        lengths = torch.randint(2, 60, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = Rows([{"input_ids": [1] * n, "labels": [1] * n} for n in lengths])
+        trainer = AdapterTrainer(tiny.model(), args, Collator(0), rows)
+        masks = [b["attention_mask"] for b in trainer.get_train_dataloader()]
+        filling[grouped] = sum(int((m == 0).sum()) for m in masks)
+    assert filling[True] < filling[False] / 2
 
 
 def test_outputs_are_not_overwritten_by_accident(base: Path, data: Path, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ class TrainingTable(Table):
     """Fill rows of `data.max_length` with several examples, which do not see each other."""
     gradient_checkpointing: bool = False
     group_by_length: bool = False
+    """Put examples of about the same length into a batch, so that little of it is filling."""
     log_every: Count = 5
     evaluate_every: Every | None = None
     save_every: Every | None = None

@@ -24,7 +24,7 @@ from ..model.auto import AutoPeftModelForCausalLM
 from ..model.mapping import get_peft_model
 from ..model.peft_model import PeftModel
 from .base import load_base, load_tokenizer, pick_device, set_threads
-from .batches import Collator, check_isolation
+from .batches import Collator, check_isolation, takes_ends
 from .callbacks import RichProgress, StopOnSignal, clock
 from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data
 from .recipe import Recipe
@@ -91,12 +91,13 @@ class _Run:
             folder = model_folder(self.recipe.model.source, self.say)
         with self.stage("data"):
             data = prepare_data(self.recipe, load_tokenizer(folder, self.recipe.model))
-            self.collate = Collator(data.encoder.tokenizer.pad_token_id)
             self.scorer = self._scorer(data)
         self._tell_data(data)
         with self.stage("model"):
             base = load_base(folder, self.recipe.model)
             set_seed(self.recipe.seed)
+            ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
+            self.collate = Collator(data.encoder.tokenizer.pad_token_id, ends)
             model: Any = get_peft_model(base, config)
         trainer = self._trainer(model, data, device, callbacks)
         facts = self._model_facts(model, folder, threads)
@@ -155,7 +156,7 @@ class _Run:
         trainer.remove_callback(PrinterCallback)
         if table.packing:
             batch = self.collate([data.train[i] for i in range(min(2, len(data.train)))])
-            check_isolation(model, {k: v.to(model.device) for k, v in batch.items()})
+            check_isolation(model, {k: batch[k].to(model.device) for k in ("input_ids", "position_ids")})
         return trainer
 
     def _before(self, model: Any, trainer: Any) -> list[str]:

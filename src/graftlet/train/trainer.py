@@ -69,6 +69,7 @@ def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> Trai
         "bf16": table.mixed_precision == "bf16",
         "fp16": table.mixed_precision == "fp16",
         **_checkpointing(table.gradient_checkpointing, known),
+        **_grouping(table.group_by_length, known),
         "logging_steps": table.log_every,
         **_every("eval", table.evaluate_every),
         **_every("save", saving),
@@ -96,6 +97,12 @@ def _checkpointing(on: bool, known: set[str]) -> dict[str, Any]:
     name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     # the reentrant kind loses the gradient where a block's input needs none, as under an adapter
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _grouping(on: bool, known: set[str]) -> dict[str, Any]:
+    if not on:
+        return {}
+    return {"group_by_length": True} if "group_by_length" in known else {"train_sampling_strategy": "group_by_length"}
 
 
 def _every(kind: str, every: int | str | None) -> dict[str, Any]:
