@@ -17,7 +17,7 @@ FLOORS = {
     "integrations": 5, "knowledge": 5, "cli": 5,
 }  # fmt: skip
 """The floor of each package; the modules beside them (`config`, `errors`, `registry`, `files`) are the ground, 0."""
-SHARED_BY_METHODS = ("variants", "init", "data", "prompts", "parts", "lora_config")
+SHARED_BY_METHODS = ("variants", "init", "data", "prompts", "parts", "allocation", "lora_config")
 """Packages inside `methods` that methods may import; they never import each other."""
 UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model")}
 """On one floor, who may import whom."""

@@ -110,6 +110,9 @@ class PeftConfig:
     reads_patterns: ClassVar[bool] = True
     """The keys of `rank_pattern` and `alpha_pattern`, where there are such fields, name ends of paths."""
 
+    needs_steps: ClassVar[str | None] = None
+    """The field, if there is one, that says how many steps training will take."""
+
     if TYPE_CHECKING:
         target_modules: Names | None
         exclude_modules: Names | None

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import graftlet
-from graftlet.train.adalora import RankAllocator
 from tests.laws.benches import BENCHES, Around, seeded
 
 from .reference import move, peft
@@ -50,14 +49,13 @@ PLANS = [{"tinit": 2, "tfinal": 3, "deltaT": 2}, {}, {"tinit": 1, "tfinal": 4, "
 @pytest.mark.parametrize("plan", PLANS, ids=["usual", "every step", "long end"])
 def test_the_budget_is_cut_step_by_step_as_by_the_reference(base: nn.Module, plan: dict[str, int]) -> None:
     theirs, ours = pair(base, **plan)
-    allocator = RankAllocator(ours)
     optimizers = [torch.optim.SGD(learning(m).values(), lr=0.1) for m in (theirs, ours)]
     for step in range(13):
         for model, optimizer in zip((theirs, ours), optimizers, strict=True):
             model(input_ids=IDS, labels=IDS).loss.backward()
             optimizer.step()
         theirs.base_model.update_and_allocate(step)
-        allocator.update_and_allocate(step)
+        ours.base_model.update_and_allocate(step)
         for optimizer in optimizers:
             optimizer.zero_grad()
         left = theirs.peft_config["default"].rank_pattern or {}
@@ -99,6 +97,45 @@ def test_the_penalty_is_the_references_in_training_alone(base: nn.Module) -> Non
     torch.testing.assert_close(ours(input_ids=IDS, labels=IDS).loss, theirs(input_ids=IDS, labels=IDS).loss)
     plain = nn.functional.cross_entropy(ours.eval()(input_ids=IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
     torch.testing.assert_close(ours(input_ids=IDS, labels=IDS).loss, plain)
+
+
+def test_subspaces_are_frozen_as_by_the_reference(base: nn.Module) -> None:
+    values = {"r": 8, "num_subspaces": 3, "use_asa": True, "mask_interval": 2, "init_warmup": 1, "final_warmup": 9}
+    values |= {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.AdamssConfig(**values, asa_target_subspaces=5)).train()
+    ours = graftlet.get_peft_model(copy.deepcopy(base), graftlet.AdamssConfig(**values, asa_target_subspaces=5)).train()
+    move(theirs, 0.1)
+    ours.load_state_dict(theirs.state_dict())
+    allocator = ours.base_model.allocators()["default"]
+    budget = allocator.budget
+
+    def one_fewer(step: int) -> int:
+        """The reference keeps those above the last one to be kept: one fewer than it plans."""
+        planned = budget(step)
+        return planned if planned >= len(learning(ours)) // 2 else planned - 1
+
+    allocator.budget = one_fewer
+    whole = learning(ours).keys()
+    for step in range(1, 10):
+        for model in (theirs, ours):
+            model.zero_grad()
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            model.base_model.update_and_allocate(step)
+        assert learning(ours).keys() == learning(theirs).keys()
+    assert 0 < len(learning(ours)) < len(whole)
+
+
+def test_the_budget_of_subspaces_is_what_is_left(base: nn.Module) -> None:
+    config = graftlet.AdamssConfig(
+        r=8, num_subspaces=3, use_asa=True, mask_interval=1, init_warmup=0, final_warmup=4, asa_target_subspaces=5,
+        target_modules=["q_proj", "v_proj"],
+    )  # fmt: skip
+    model = graftlet.get_peft_model(base, config).train()
+    move(model, 0.1)
+    for step in range(5):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        model.base_model.update_and_allocate(step)
+    assert len(learning(model)) == 2 * 5
 
 
 def grads(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:

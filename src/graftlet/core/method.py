@@ -98,6 +98,14 @@ class Holder(Protocol):
     def mirror(self, adapter: str, tensor_name: str, source: Any, source_name: str) -> None: ...
 
 
+class Allocator(Protocol):
+    """What decides, as an adapter is trained, which parts of it stay."""
+
+    def update_and_allocate(self, step: int) -> None: ...
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
+
+
 class Stage(Protocol):
     """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter.
 
@@ -194,6 +202,10 @@ class Method:
 
     def penalty(self, views: Sequence[View]) -> Tensor | None:
         """What an adapter adds to the model's loss in training, from its views on all its layers."""
+        return None
+
+    def allocator(self, layers: Mapping[str, Holder], adapter: str) -> Allocator | None:
+        """What shrinks an adapter while it is trained, asked after each optimizer step; None where nothing does."""
         return None
 
     # its file

@@ -13,7 +13,7 @@ from . import lifecycle, replication, ties
 from .host import check_name, hosts
 from .inject import Plan
 from .layer import AdaptedLayer
-from .method import Method
+from .method import Allocator, Method
 from .planning import plan
 from .target import vocabulary
 
@@ -39,6 +39,7 @@ class BaseTuner(nn.Module):
         self.vocabulary = vocabulary(model)
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
         self.penalised: list[str] = []  # adapters whose methods have a `penalty`
+        self._allocators: dict[str, Allocator | None] = {}
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
             self.inject(config, name, meta=low_cpu_mem_usage)
@@ -66,6 +67,22 @@ class BaseTuner(nn.Module):
             penalty = layers[0].methods[name].penalty([h.view(name) for h in layers]) if layers else None
             found += [] if penalty is None else [penalty]
         return found
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Let methods that shrink an adapter as it learns do so: after each optimizer step, before gradients are cleared."""
+        for name, allocator in self.allocators().items():
+            if name in self.active_adapters:
+                allocator.update_and_allocate(global_step)
+
+    def allocators(self) -> dict[str, Allocator]:
+        """What shrinks the adapters here, by their names."""
+        for name in self.peft_config:
+            if name in self._allocators:
+                continue
+            held = {h.keys[name]: h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.methods}
+            method = next((h.methods[name] for h in held.values()), None)
+            self._allocators[name] = None if method is None else method.allocator(held, name)
+        return {n: a for n, a in self._allocators.items() if a is not None and n in self.peft_config}
 
     def inject(
         self,
@@ -162,6 +179,7 @@ class BaseTuner(nn.Module):
     def _forget(self, name: str) -> None:
         self.peft_config.pop(name)
         self.penalised = [n for n in self.penalised if n != name]
+        self._allocators.pop(name, None)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""

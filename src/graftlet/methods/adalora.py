@@ -2,13 +2,13 @@
 """AdaLoRA: adaptive budget of ranks (arXiv 2303.10512).   dW = s B diag(e) A,   s = alpha / r0
 
 A `[r, in]`, B `[out, r]` and e, held as `lora_E` `[r, 1]`, are kept near a singular value decomposition by a penalty on
-A and B. Training starts at r0 = `init_r` triplets a layer; `train.adalora` zeroes the e of those that matter least, down
+A and B. Training starts at r0 = `init_r` triplets a layer; an allocator zeroes the e of those that matter least, down
 to a budget for all layers. Which are left stands in the config as `rank_pattern`, and only those go to the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.method import Spec, View, check_dropout
+from ..core.method import Allocator, Holder, Spec, View, check_dropout
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .allocation.ranks import RankAllocator
 from .lora_config import LoraConfig
 from .parts.low_rank import LowRank
 
@@ -37,6 +38,7 @@ class AdaLoraConfig(LoraConfig):
     """
 
     reads_patterns: ClassVar[bool] = False
+    needs_steps: ClassVar[str | None] = "total_step"
 
     target_r: int = 8
     init_r: int = 12
@@ -114,6 +116,9 @@ class AdaLoRA(LowRank):
 
     def drop(self, p: View, x: Tensor) -> Tensor:
         return p.lora_dropout(x) if x.is_floating_point() else x
+
+    def allocator(self, layers: Mapping[str, Holder], adapter: str) -> Allocator:
+        return RankAllocator(layers, adapter, next(iter(layers.values())).view(adapter).config)
 
     def penalty(self, views: Sequence[View]) -> Tensor | None:
         """How far A and B are from orthonormal, in the mean over all."""

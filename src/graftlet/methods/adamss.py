@@ -8,6 +8,7 @@ a load finds them again, by the same seeds, so it needs the same base weight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..config import Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View
+from ..core.method import Allocator, Holder, Spec, View
 from ..errors import DependencyError, UnsupportedLayerError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .allocation.subspaces import SubspaceAllocator
 from .parts.low_rank import LowRank, kaiming
 
 KMEANS = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
@@ -55,8 +57,10 @@ class AdamssConfig(Targets, Layers, Saves, PeftConfig):
     random_seed: int = 0
 
     def check(self) -> None:
-        for name in ("r", "num_subspaces", "subspace_rank"):
+        for name in ("r", "num_subspaces", "subspace_rank", "mask_interval"):
             self.require(getattr(self, name) > 0, f"{name}={getattr(self, name)}; a positive number is needed.")
+        warm = f"init_warmup={self.init_warmup}, final_warmup={self.final_warmup}; the first must be the smaller."
+        self.require(self.init_warmup < self.final_warmup, warm)
 
 
 @method("adamss", AdamssConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
@@ -96,6 +100,11 @@ class AdaMSS(LowRank):
             else:
                 A.copy_(torch.linalg.svd(U[group], full_matrices=False)[2][: len(A)])
                 B.zero_()
+
+    def allocator(self, layers: Mapping[str, Holder], adapter: str) -> Allocator | None:
+        config = next(iter(layers.values())).view(adapter).config
+        assert isinstance(config, AdamssConfig)
+        return SubspaceAllocator(layers, adapter, config) if config.use_asa else None
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         return p.adamss_newB[:, : p.site.columns], self._rows(p)

@@ -13,7 +13,7 @@ from typing import Any
 _HOMES = {
     "recipe": "Recipe load_recipe",
     "run": "Result train",
-    "callbacks": "RichProgress StopOnSignal",
+    "callbacks": "Allocation RichProgress StopOnSignal",
     "trainer": "AdapterTrainer",
     "batches": "Collator check_isolation pack",
     "tokens": "Encoder",

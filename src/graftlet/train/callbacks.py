@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..model.parts import root_of
+
 
 def memory_used(device: torch.device | None = None) -> int:
     """Bytes: the most that a CUDA device has held, else what this process holds in main memory; 0 where unknown."""
@@ -100,6 +102,17 @@ class RichProgress(TrainerCallback):
         parts += [f"{tokens / spent:,.0f} tokens/s"] if tokens else []
         parts += [f"{memory_used(args.device) / 2**30:.2f} GiB", f"{clock(left)} left"]
         return "  ".join(parts)
+
+
+class Allocation(TrainerCallback):
+    """Lets methods that shrink an adapter as it learns (AdaLoRA's ranks, AdaMSS's subspaces) do so after each step."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        root: Any = root_of(model)
+        if root.tuner is not None:
+            root.tuner.update_and_allocate(state.global_step)
 
 
 class StopOnSignal(TrainerCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ _FREE = {"output", "overwrite", "resume", "title", "evaluation"}
 """Keys that may change between the beginning of a run and its resumption."""
 
 
+UNTOLD = 10**9
+"""Steps, as long as nobody knows how many there are."""
+
+
 def adapter_config(recipe: Recipe) -> PeftConfig:
     """The config of the recipe's adapter, made and thereby checked; errors name the recipe's line.
 
@@ -49,13 +54,30 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
             raise ConfigError(f"{recipe.place('adapter', name)}: {kind.__name__} has no such field{hint}")
     if recipe.adapter.init is not None:
         values[_init_field(recipe, kind.__name__, names)] = recipe.adapter.init
+    if kind.needs_steps is not None:
+        values.setdefault(kind.needs_steps, recipe.training.max_steps or UNTOLD)
     try:
         return kind(**{"task_type": "CAUSAL_LM", **values})
     except ConfigError as error:
         said = str(error.args[0])
-        culprit = next((n for n in values if f".{n}=" in said or f"{n} " in said), None)
+        culprit = next((n for n in values if re.search(rf"\b{re.escape(n)}[= ]", said)), None)
         place = recipe.place("adapter", *([culprit] if culprit else []))
         raise ConfigError(f"{place}: {said}") from error
+
+
+def tell_steps(recipe: Recipe, config: PeftConfig, steps: int) -> None:
+    """Tell a method that plans by it how many steps training takes, unless the recipe does.
+
+    Raises `ConfigError` where its plan does not fit into them.
+    """
+    name = config.needs_steps
+    if name is None or name in recipe.adapter.fields:
+        return
+    setattr(config, name, steps)
+    try:
+        config.check()
+    except ConfigError as error:
+        raise ConfigError(f"{recipe.place('adapter')}: {error.args[0]}") from error
 
 
 def _init_field(recipe: Recipe, kind: str, names: set[str]) -> str:

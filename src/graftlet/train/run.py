@@ -25,8 +25,8 @@ from ..model.mapping import get_peft_model
 from ..model.peft_model import PeftModel
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
-from .callbacks import RichProgress, StopOnSignal, clock
-from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data
+from .callbacks import Allocation, RichProgress, StopOnSignal, clock
+from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data, tell_steps
 from .recipe import Recipe
 from .report import write_report
 from .score import Score, Scorer
@@ -93,6 +93,7 @@ class _Run:
             data = prepare_data(self.recipe, load_tokenizer(folder, self.recipe.model))
             self.scorer = self._scorer(data)
         self._tell_data(data)
+        tell_steps(self.recipe, config, self._steps(data))
         with self.stage("model"):
             base = load_base(folder, self.recipe.model)
             set_seed(self.recipe.seed)
@@ -137,12 +138,16 @@ class _Run:
             raise ConfigError(f"{place} = {table.metric!r} needs held-out examples; set data.{table.on}.")
         return Scorer(data.encoder, examples or data.splits.train[: table.samples], table)
 
-    def _trainer(self, model: Any, data: Prepared, device: torch.device, callbacks: Sequence[TrainerCallback]) -> Any:
+    def _steps(self, data: Prepared) -> int:
         table = self.recipe.training
         a_pass = math.ceil(math.ceil(len(data.train) / table.batch_size) / table.accumulation)
-        args = training_arguments(self.recipe, device, table.max_steps or math.ceil(a_pass * table.epochs))
+        return table.max_steps or math.ceil(a_pass * table.epochs)
+
+    def _trainer(self, model: Any, data: Prepared, device: torch.device, callbacks: Sequence[TrainerCallback]) -> Any:
+        table = self.recipe.training
+        args = training_arguments(self.recipe, device, self._steps(data))
         self.progress, self.stop = RichProgress(self.console), StopOnSignal()
-        own: list[TrainerCallback] = [self.progress, self.stop]
+        own: list[TrainerCallback] = [self.progress, self.stop, Allocation()]
         if table.patience:
             own.append(EarlyStoppingCallback(early_stopping_patience=table.patience))
         trainer = AdapterTrainer(
