@@ -221,8 +221,6 @@ class PeftModel(nn.Module):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.tuner is None:
-            raise CallError(f"adapter_names cannot be mixed for {self.peft_type}, which acts on the whole batch.")
         check_known([r for r in rows if r != BASE], list(self.peft_config))
         first = next((a for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor) and a.dim() > 1), None)
         if first is not None and first.shape[0] != len(rows):
