@@ -193,7 +193,7 @@ def test_a_source_starts_the_prompt(kind, suffix, tmp_path):
     else:
         save_file(tensors, path)
     start = {"prompt_tuning_init": kind, "prompt_tuning_init_state_dict_path": str(path), "prompt_tuning_init_task": 1}
-    mine, theirs = both(llama, "MultitaskPromptTuningConfig", TASK, num_ranks=2, **start)
+    _, theirs = both(llama, "MultitaskPromptTuningConfig", TASK, num_ranks=2, **start)
     made = ours(llama, "MultitaskPromptTuningConfig", TASK, num_ranks=2, **start)
     expected = theirs.prompt_encoder["default"].state_dict()
     held = made.prompt_encoder["default"].state_dict()
@@ -417,11 +417,11 @@ def test_wrong_starts_are_refused():
     assert torch.equal(model.prompt_encoder["default"].rows(), before)
     with pytest.raises(ConfigError, match="does not live in the cache"):
         graftlet.initialize_kv_prefix_from_text(ours(llama, "PromptTuningConfig", TASK), Words(), text="hello")
+    model = ours(llama, "PrefixTuningConfig", TASK, prefix_projection=True)
     with pytest.raises(ConfigError, match="network"):
-        model = ours(llama, "PrefixTuningConfig", TASK, prefix_projection=True)
         graftlet.initialize_kv_prefix_from_text(model, Words(), text="hello")
+    model = ours(t5, "CartridgeConfig", "SEQ_2_SEQ_LM")
     with pytest.raises(ConfigError, match="encoder-decoder"):
-        model = ours(t5, "CartridgeConfig", "SEQ_2_SEQ_LM")
         graftlet.initialize_kv_prefix_from_text(model, Words(), text="hello")
 
 

@@ -56,6 +56,8 @@ def _stand_in_encoder(model: Any, stand: Any, own: dict[str, Any]) -> None:
 
 def repeated(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """What is given a prompt, as often as generation repeats it for beams and several answers."""
+    if not own:
+        return own
     first = next(v for n in ("input_ids", "inputs_embeds", "decoder_input_ids") if (v := given.get(n)) is not None)
     times = {n: len(first) // max(len(v), 1) for n, v in own.items() if isinstance(v, Tensor) and v.dim()}
     return {n: v.repeat_interleave(times[n], 0) if times.get(n, 1) > 1 else v for n, v in own.items()}

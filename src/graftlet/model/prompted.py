@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import TaskType
 from ..core.context import current
 from ..core.method import IGNORED, Cache
 from ..errors import CallError
@@ -167,6 +168,8 @@ def _move_labels(made: dict[str, Any], lead: Lead, turn: bool) -> None:
         made["labels"] = torch.cat([own, labels], 1)
         if turn:
             made["labels"] = lead.turned(made["labels"])
+        elif lead.ragged and lead.parts[0].config.task_type != TaskType.TOKEN_CLS:
+            made["labels"][lead.counts(labels.device) == 0, lead.width] = IGNORED  # no token comes before it
     for name in ("start_positions", "end_positions"):
         if isinstance(old := made.get(name), Tensor):
             made[name] = old + (lead.counts(old.device) if turn else lead.width)
