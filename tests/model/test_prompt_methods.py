@@ -10,11 +10,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
 
 import graftlet
 from graftlet.errors import CallError, ConfigError
 
-from .test_prompts import IDS, _logits, both, gpt2, llama, ours, t5
+from .test_prompts import BERT, IDS, _logits, both, gpt2, llama, ours, t5
 
 TASK = "CAUSAL_LM"
 EXAMPLES = {"cpt_token_ids": [1, 2, 3, 4, 5, 6, 7, 8, 9], "cpt_tokens_type_mask": [0, 1, 2, 3, 4, 5, 6, 7, 8]}
@@ -173,6 +174,13 @@ def test_each_row_has_its_tasks_prompt():
     encoder = model.prompt_encoder["default"]
     factor = encoder.prefix_task_cols[2] @ encoder.prefix_task_rows[2]
     torch.testing.assert_close(model.get_prompt(1, torch.tensor([2]))[0], encoder.embedding.weight * factor)
+
+
+def test_an_encoders_rows_have_tasks():
+    mine, theirs = both(lambda: BertForSequenceClassification(BERT), "MultitaskPromptTuningConfig", "SEQ_CLS", **TASKS)
+    call = {"input_ids": IDS, "labels": torch.tensor([0, 1]), "task_ids": torch.tensor([2, 0])}
+    a, b = mine(**call), theirs(**call)
+    torch.testing.assert_close((a.logits, a.loss), (b.logits, b.loss))
 
 
 @pytest.mark.parametrize("given", [{}, {"task_ids": [0]}, {"task_ids": [0, 3]}, {"task_ids": [-1, 0]}], ids=str)

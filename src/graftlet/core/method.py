@@ -423,6 +423,10 @@ class Prompt(nn.Module):
         """The prompt, `[tokens, dim]`, as it goes to the file."""
         return self.embedding.weight
 
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows of these tokens of the prompt."""
+        return nn.functional.embedding(indices, self.rows())
+
     def prompt(self, batch: int, given: Mapping[str, Any]) -> Tensor:
         """What goes before each row of a batch, `[batch, tokens, dim]`; `given` has the arguments named in `takes`."""
         return self.rows().expand(batch, -1, -1)

@@ -115,10 +115,6 @@ class CPTEmbedding(Prompt):
         length = delta.norm(dim=1, keepdim=True)
         return delta * torch.where(length > 0, self.bounds / torch.maximum(length, self.bounds), 1.0)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """The rows of these tokens of the prompt."""
-        return F.embedding(indices, self.rows())
-
     def saved(self) -> dict[str, Tensor]:
         with torch.no_grad():
             return super().saved()

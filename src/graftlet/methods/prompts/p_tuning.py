@@ -82,10 +82,6 @@ class PromptEncoder(Prompt):
             made = self.lstm_head(made.unsqueeze(0))[0].squeeze(0)
         return made if self.mlp_head is None else self.mlp_head(made)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """The rows of these tokens of the prompt."""
-        return nn.functional.embedding(indices, self.rows())
-
     def saved(self) -> dict[str, Tensor]:
         before = self.training
         self.eval()  # a file has no dropout in it

@@ -56,7 +56,3 @@ class PrefixEncoder(Cache):
 
     def rows(self) -> Tensor:
         return self.transform(self.embedding.weight) if self.prefix_projection else self.embedding.weight
-
-    def forward(self, prefix: Tensor) -> Tensor:
-        """The rows of these tokens of the prefix."""
-        return nn.functional.embedding(prefix, self.rows())

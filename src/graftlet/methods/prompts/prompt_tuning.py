@@ -92,10 +92,6 @@ class PromptEmbedding(Prompt):
         if ids is not None and not loading:
             self.embedding.weight.data = looked_up(ids, config, words, tokens).to(torch.float32)
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """The rows of these tokens of the prompt."""
-        return self.embedding(indices)
-
 
 def count(config: PromptLearningConfig) -> int:
     """The prompt's tokens over all parts of the model (encoder and decoder)."""
