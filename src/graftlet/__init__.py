@@ -54,6 +54,10 @@ _HOMES = {
     "methods.supertuning": "SupertuningConfig",
     "methods.prompts.prompt_tuning": "PromptTuningConfig PromptTuningInit PromptEmbedding",
     "methods.prompts.prefix_tuning": "PrefixTuningConfig PrefixEncoder",
+    "methods.prompts.p_tuning": "PromptEncoderConfig PromptEncoder PromptEncoderReparameterizationType",
+    "methods.prompts.multitask": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
+    "methods.prompts.cpt": "CPTConfig CPTEmbedding",
+    "methods.prompts.cartridge": "CartridgeConfig CartridgeEncoder",
     "methods.adaption_prompt": "AdaptionPromptConfig",
     "model.tasks": "PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
     "PeftModelForTokenClassification PeftModelForQuestionAnswering PeftModelForFeatureExtraction "
@@ -63,6 +67,9 @@ _HOMES = {
     "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction",
     "model.mapping": "get_peft_model inject_adapter_in_model",
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
+    "model.kv_prefix": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
+    "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
+    "model.parts": "shift_tokens_right",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
 }

@@ -7,9 +7,14 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 from .errors import AdapterFileError, listing
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def find_file(source: str | os.PathLike[str], name: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -71,3 +76,21 @@ def settle(temporary: Path, path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file (or a pickle of them). `AdapterFileError` names the file when it is damaged."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device=str(device))
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
+        why = str(error).partition("\n")[0]
+        raise AdapterFileError(f"{path} cannot be read: {why} It is damaged or not an adapter file.") from error
+    if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
+        raise AdapterFileError(f"{path} does not hold a dictionary of tensors; it is not an adapter file.")
+    return loaded

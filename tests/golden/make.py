@@ -104,9 +104,19 @@ CASES = {
     "prompt-tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **TASK),
     "prefix-tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **TASK),
     "prefix-projection": peft.PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True, **TASK),
+    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, **TASK),
+    "p-tuning-lstm": peft.PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=5, **TASK
+    ),
+    "multitask-prompt": peft.MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=3, num_ranks=2, **TASK),
+    "cpt": peft.CPTConfig(
+        cpt_token_ids=[4, 8, 15, 16, 23], cpt_tokens_type_mask=[0, 1, 2, 3, 4], opt_weighted_loss_type="decay",
+        opt_loss_decay_factor=0.5, **TASK,
+    ),
+    "cartridge": peft.CartridgeConfig(num_virtual_tokens=3, **TASK),
     "adaption-prompt": peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **TASK),
 }  # fmt: skip
-CALLS = {"poly": {"task_ids": torch.tensor([2, 0])}}
+CALLS = {name: {"task_ids": torch.tensor([2, 0])} for name in ("poly", "multitask-prompt")}
 """What a call needs beside the ids."""
 
 

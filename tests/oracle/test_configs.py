@@ -20,6 +20,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"token_indices": [1]},
     "IA3": {"feedforward_modules": ["v"]},
     "ADALORA": {"total_step": 9},
+    "CPT": {"task_type": "CAUSAL_LM"},
 }
 """What a config cannot do without."""
 

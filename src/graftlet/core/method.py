@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from ..config import PeftConfig
     from ..weights.site import Site
 
@@ -413,17 +415,29 @@ class Prompt(nn.Module):
         config: with its sizes filled in. words: the model's input embedding. loading: the tensors come from a file, so
             nothing needs to be started, and only what the file has is needed, in the shapes that it has there.
 
-    takes: arguments of a call that are for the prompt and not for the model, such as a task's number.
+    takes: arguments of a call that are for the prompt and not for the model, such as a task's number. Those that have an
+        entry a row come with one for each row that the prompt serves.
+    frozen: what the names of tensors that do not learn begin with.
     """
 
     law: ClassVar[str] = "one"
     unmergeable: ClassVar[str | None] = "it changes no weight"
     takes: ClassVar[tuple[str, ...]] = ()
+    frozen: ClassVar[tuple[str, ...]] = ()
     embedding: nn.Embedding
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and not name.startswith(self.frozen))
+        return self
 
     def rows(self) -> Tensor:
         """The prompt, `[tokens, dim]`, as it goes to the file."""
         return self.embedding.weight
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The rows of these tokens of the prompt."""
+        return nn.functional.embedding(indices, self.rows())
 
     def prompt(self, batch: int, given: Mapping[str, Any]) -> Tensor:
         """What goes before each row of a batch, `[batch, tokens, dim]`; `given` has the arguments named in `takes`."""
@@ -442,13 +456,30 @@ class Prompt(nn.Module):
         return {ROWS: self.rows()}
 
     def assign(self, given: Mapping[str, Tensor]) -> None:
-        """Take over a file's tensors, as many as are given, of the shapes that `saved` has."""
-        if ROWS in given:
-            self.embedding.weight.copy_(given[ROWS])
+        """Take over a file's tensors, as many as are given, of the shapes that `saved` has.
+
+        Raises `ConfigError` where the prompt is made by a network, which no file has.
+        """
+        if ROWS not in given:
+            return
+        if self.rows() is not self.embedding.weight:
+            raise ConfigError(
+                f"this prompt trains through a network ({type(self).__name__}), which a file does not have: load the "
+                "file as an adapter of its own; it goes on training without one."
+            )
+        self.embedding.weight.copy_(given[ROWS])
 
 
 class Cache(Prompt):
     """Keys and values that a prompt method puts into the cache: `rows` is `[tokens, layers * 2 * heads * size]`."""
+
+    @torch.no_grad()
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Take these rows over. Raises `ConfigError` for another shape, or where a network makes the rows."""
+        own, given = self.rows().shape, prompt_embeddings.shape
+        if own != given:
+            raise ConfigError(f"prompt_embeddings is {list(given)}; this adapter holds {list(own)}.")
+        self.assign({ROWS: prompt_embeddings})
 
 
 ROWS = "prompt_embeddings"

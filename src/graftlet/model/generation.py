@@ -11,9 +11,8 @@ import functools
 from collections import OrderedDict
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..core.method import Cache
 from ..errors import CallError
 from . import prompted
 
@@ -26,19 +25,19 @@ GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit
 def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The base's `generate`, with the active prompt in it. It returns what the base would: no token of the prompt."""
     base = model.base_model
-    if model._prompt_off:
+    own = prompted.taken(model, kwargs)
+    if model._prompt_off or not prompted.acting(model):
         return base.generate(*args, **kwargs)
     setting = kwargs.get("generation_config") or base.generation_config
     for name in GUESSING:
         if (kwargs.get(name) or getattr(setting, name, None)) is not None:
             raise CallError(f"{name} does not go together with {model.peft_type}, which puts tokens of its own first.")
-    own = {name: kwargs.pop(name) for name in prompted.active(model).takes if name in kwargs}
 
     def step(*args: Any, **given: Any) -> Any:
-        return prompted.call(model, args, {**given, **own})
+        return prompted.call(model, args, {**given, **repeated(own, given)})
 
     stand = stand_in(base, step)
-    if prompted.is_seq2seq(model) and not isinstance(prompted.active(model), Cache):
+    if prompted.is_seq2seq(model) and not prompted.in_cache(model):
         _stand_in_encoder(model, stand, own)
     return stand.generate(*args, **kwargs)
 
@@ -48,11 +47,20 @@ def _stand_in_encoder(model: Any, stand: Any, own: dict[str, Any]) -> None:
     encoder = model.base_model.get_encoder()
 
     def encode(**given: Any) -> Any:
-        prompted.grown_input(model, given, own)
+        prompted.grown_input(model, given, repeated(own, given))
         return encoder(**given)
 
     within = stand_in(encoder, encode)
     stand.__dict__["get_encoder"] = lambda *args, **kwargs: within
+
+
+def repeated(own: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is given a prompt, as often as generation repeats it for beams and several answers."""
+    if not own:
+        return own
+    first = next(v for n in ("input_ids", "inputs_embeds", "decoder_input_ids") if (v := given.get(n)) is not None)
+    times = {n: len(first) // max(len(v), 1) for n, v in own.items() if isinstance(v, Tensor) and v.dim()}
+    return {n: v.repeat_interleave(times[n], 0) if times.get(n, 1) > 1 else v for n, v in own.items()}
 
 
 def stand_in(module: M, forward: prompted.Run) -> M:

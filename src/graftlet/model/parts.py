@@ -5,13 +5,16 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..core.context import Carrying
 from ..core.host import COMPILED, hosts
 from ..core.layer import AdaptedLayer
+from ..core.method import IGNORED
 from ..core.tuner import BaseTuner
+from ..errors import CallError
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -41,6 +44,14 @@ def configs_of(model: nn.Module) -> dict[str, PeftConfig]:
         if isinstance(host, AdaptedLayer):
             found.update(host.configs)
     return found
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """Labels `[batch, tokens]` as a decoder's inputs: one place later, behind the start token, without ignored ones."""
+    if pad_token_id is None:
+        raise CallError("pad_token_id is None; it stands where a label is ignored, so the model's config needs one.")
+    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORED, pad_token_id)
 
 
 def transformers_config(model: nn.Module) -> dict[str, object]:

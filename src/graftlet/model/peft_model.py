@@ -21,6 +21,7 @@ from ..core import lifecycle
 from ..core.context import BASE, Call, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
+from ..core.method import ROWS
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, BaseMismatchWarning, CallError, ConfigError, warn
@@ -220,8 +221,6 @@ class PeftModel(nn.Module):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.tuner is None:
-            raise CallError(f"adapter_names cannot be mixed for {self.peft_type}, which acts on the whole batch.")
         check_known([r for r in rows if r != BASE], list(self.peft_config))
         first = next((a for a in [*args, *kwargs.values()] if isinstance(a, torch.Tensor) and a.dim() > 1), None)
         if first is not None and first.shape[0] != len(rows):
@@ -237,7 +236,7 @@ class PeftModel(nn.Module):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt as it goes to the file: `[n, dim]`."""
-        return self.prompt_encoder[adapter_name].rows().detach()
+        return self.prompt_encoder[adapter_name].saved()[ROWS].detach()
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach the adapters through checkpointed blocks, whose input would otherwise need none."""

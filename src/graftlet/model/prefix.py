@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import PromptLearningConfig
 from ..errors import CallError, ConfigError
+from .lead import Lead
 
 HEADS = ("num_key_value_heads", "num_kv_heads")
 SIZE = ("head_dim", "d_kv")
@@ -97,32 +98,32 @@ def check_kind(base: Any) -> None:
         )
 
 
-def filled(model: Any, batch: int, cache: Any = None) -> Any:
-    """A cache that begins with the active prompt: the one given, which is empty, or a new one."""
+def filled(model: Any, lead: Lead, cache: Any = None) -> Any:
+    """A cache that begins with a batch's prompts: the one given, which is empty, or a new one."""
     from transformers import DynamicCache, EncoderDecoderCache
 
-    base, config = model.base_model, model.active_peft_config
+    base, config = model.base_model, lead.parts[0].config
     text = text_config(base)
     two = bool(getattr(base.config, "is_encoder_decoder", False))
     if cache is None:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if two else DynamicCache(config=base.config)
     check_room(cache)
     own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    rows = model.prompt_encoder[model.active_adapter].rows()
+    rows = lead.stacked(lambda part: part.encoder.rows().expand(lead.rows(part), -1, -1))
     rows = rows.to(getattr(base, "dtype", rows.dtype))
     devices = layer_devices(getattr(base, "hf_device_map", None))
     for index, (keys, values) in enumerate(pairs(rows, config)):
         if takes(own, index):
             heads, size = shape(text, index, keys)
-            k, v = (x[:heads, :, :size].expand(batch, -1, -1, -1).to(device=devices(index)) for x in (keys, values))
+            k, v = (x[:, :heads, :, :size].to(device=devices(index)) for x in (keys, values))
             own.update(k, v, index)
     return cache
 
 
 def pairs(rows: Tensor, config: PromptLearningConfig) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's keys and values, `[heads, tokens, size]`, out of a prompt's rows."""
+    """Each layer's keys and values, `[batch, heads, tokens, size]`, out of a batch's prompts `[batch, tokens, width]`."""
     layers, heads = config.num_layers or 0, config.num_attention_heads or 1
-    parts = rows.unflatten(1, (2 * layers, heads, -1)).permute(1, 2, 0, 3)
+    parts = rows.unflatten(2, (2 * layers, heads, -1)).permute(2, 0, 3, 1, 4)
     # the format counts as if each layer of an encoder-decoder had a cross attention with parts of its own
     step = 2 * (config.num_transformer_submodules or 1)
     places = [step * index % len(parts) for index in range(layers)]
@@ -146,8 +147,8 @@ def shape(text: Any, index: int, keys: Tensor) -> tuple[int, int]:
     """Heads and their size on one layer; a prompt is as wide as the widest."""
     parts = getattr(text, "per_layer_config", None)
     if not parts:
-        return keys.shape[0], keys.shape[2]
-    return size_of(parts[index], HEADS) or keys.shape[0], size_of(parts[index], SIZE) or keys.shape[2]
+        return keys.shape[1], keys.shape[3]
+    return size_of(parts[index], HEADS) or keys.shape[1], size_of(parts[index], SIZE) or keys.shape[3]
 
 
 def text_config(base: nn.Module) -> Any:

@@ -89,6 +89,8 @@ def fill(config: PromptLearningConfig, base: Any, words: Any, cached: bool) -> N
     for field, size in sizes.items():
         if getattr(config, field) is None:
             setattr(config, field, size)
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        config.encoder_hidden_size = config.token_dim  # type: ignore[attr-defined]
 
 
 def _sizes(base: Any, dim: int, cached: bool) -> dict[str, int | None]:

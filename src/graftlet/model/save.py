@@ -11,7 +11,6 @@ import os
 from collections import namedtuple
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO, Literal
 
 import torch
@@ -23,7 +22,7 @@ from ..core.host import check_known
 from ..core.layer import relink
 from ..core.lifecycle import adapters_of
 from ..errors import AdapterFileError, KeysWarning, warn
-from ..files import find_file, settle
+from ..files import find_file, read_tensors, settle
 from . import embeddings, prompting
 from .parts import configs_of, root_of
 
@@ -189,23 +188,6 @@ def weights_file(source: str | os.PathLike[str], subfolder: str | None, allow_pi
                 "allow_pickle=True, and save it again as safetensors."
             ) from None
         return found
-
-
-def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file (or a pickle of them). `AdapterFileError` names the file when it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path, device=str(device))
-        loaded = torch.load(path, map_location=device, weights_only=True)
-    except (SafetensorError, UnpicklingError, OSError, RuntimeError, ValueError, EOFError, TypeError) as error:
-        why = str(error).partition("\n")[0]
-        raise AdapterFileError(f"{path} cannot be read: {why} It is damaged or not an adapter file.") from error
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise AdapterFileError(f"{path} does not hold a dictionary of tensors; it is not an adapter file.")
-    return loaded
 
 
 def rename(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> dict[str, Tensor]:

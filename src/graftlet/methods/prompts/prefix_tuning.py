@@ -7,15 +7,13 @@ P `[tokens, layers * 2 * heads * size]`, or a small network's output on `[tokens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
-from ...core.method import ROWS, Cache
-from ...errors import ConfigError
+from ...core.method import Cache
 from ...registry import method
 
 
@@ -58,15 +56,3 @@ class PrefixEncoder(Cache):
 
     def rows(self) -> Tensor:
         return self.transform(self.embedding.weight) if self.prefix_projection else self.embedding.weight
-
-    def forward(self, prefix: Tensor) -> Tensor:
-        """The rows of these tokens of the prefix."""
-        return nn.functional.embedding(prefix, self.rows())
-
-    def assign(self, given: Mapping[str, Tensor]) -> None:
-        if ROWS in given and self.prefix_projection:
-            raise ConfigError(
-                "the prefix trains through a network (prefix_projection), which a file does not have: load the file as "
-                "an adapter of its own; it goes on training without one."
-            )
-        super().assign(given)

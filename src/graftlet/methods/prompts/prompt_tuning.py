@@ -10,7 +10,7 @@ import copy
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +42,20 @@ class PromptTuningConfig(PromptLearningConfig):
             its arguments. The text is repeated or cut to the prompt's length.
     """
 
+    inits: ClassVar[type[enum.Enum]] = PromptTuningInit
+
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
     def check(self) -> None:
-        kinds = [k.value for k in PromptTuningInit]
+        kinds = [k.value for k in self.inits]
         self.require(
             str(self.prompt_tuning_init) in kinds,
             f"prompt_tuning_init={str(self.prompt_tuning_init)!r}; allowed: {', '.join(kinds)}.",
         )
-        self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        self.prompt_tuning_init = self.inits(str(self.prompt_tuning_init))  # type: ignore[assignment]
         text = self.prompt_tuning_init == PromptTuningInit.TEXT
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             self.require(not text or bool(getattr(self, name)), f"prompt_tuning_init='TEXT' needs {name}.")
@@ -82,14 +84,13 @@ class PromptEmbedding(Prompt):
         tokens, dim = count(config), config.token_dim
         assert dim is not None
         self.embedding = nn.Embedding(tokens, dim)
-        start = {PromptTuningInit.TEXT: text_ids, PromptTuningInit.SAMPLE_VOCAB: sampled_ids}
-        ids = start.get(PromptTuningInit(config.prompt_tuning_init))
+        start: dict[str, Callable[..., Tensor]] = {
+            PromptTuningInit.TEXT: text_ids,
+            PromptTuningInit.SAMPLE_VOCAB: sampled_ids,
+        }
+        ids = start.get(config.prompt_tuning_init)
         if ids is not None and not loading:
             self.embedding.weight.data = looked_up(ids, config, words, tokens).to(torch.float32)
-
-    def forward(self, indices: Tensor) -> Tensor:
-        """The rows of these tokens of the prompt."""
-        return self.embedding(indices)
 
 
 def count(config: PromptLearningConfig) -> int:
