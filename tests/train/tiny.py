@@ -69,7 +69,7 @@ def write_jsonl(path: Path, values: list[dict[str, Any]]) -> Path:
 
 
 def recipe(base: Path, data: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
-    """A recipe's tables; `changes` are put into the tables of their names."""
+    """A recipe's tables; `changes` are put into the tables of their names, or are one that names a method."""
     tables: dict[str, Any] = {
         "output": str(output),
         "model": {"source": str(base), "dtype": "float32", "device": "cpu", "threads": 1},
@@ -86,7 +86,7 @@ def recipe(base: Path, data: Path, output: Path, /, **changes: Any) -> dict[str,
         "evaluation": {"metric": "choice", "choices": ["odd", "even"], "samples": 2, "max_new_tokens": 4},
     }
     for key, value in changes.items():
-        if isinstance(value, dict) and key in tables:
+        if isinstance(value, dict) and key in tables and "method" not in value:
             tables[key] = {**tables[key], **value}
         else:
             tables[key] = value

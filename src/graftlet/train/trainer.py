@@ -52,7 +52,8 @@ class AdapterTrainer(Trainer):
 def restore(model: Any, folder: str | Path) -> None:
     """Put a checkpoint's tensors into a model that has the adapter, those too that only its training needs."""
     model = root_of(model)
-    set_peft_model_state_dict(model, load_file(find_file(folder, WEIGHTS)), ignore_mismatched_sizes=True)
+    if model.tuner is not None:  # a prompt's file may hold but what its encoder makes
+        set_peft_model_state_dict(model, load_file(find_file(folder, WEIGHTS)), ignore_mismatched_sizes=True)
     held = load_file(find_file(folder, UNFINISHED))
     parameters = dict(model.named_parameters())
     for key, tensor in held.items():
