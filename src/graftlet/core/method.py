@@ -56,7 +56,8 @@ class View:
     """One adapter's tensors and settings on one layer.
 
     dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
-    shared: the names of what all layers of the adapter share.
+    shared: the names of what all layers of the adapter share. adapter: its name. peers: all adapters of the layer, each
+        with its method and its view.
     """
 
     config: PeftConfig
@@ -65,6 +66,8 @@ class View:
     key: str
     training: bool = False
     shared: tuple[str, ...] = ()
+    adapter: str = ""
+    peers: Mapping[str, tuple[Method, View]] = {}
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -189,6 +192,16 @@ class Method:
     def unstacked(self, name: str, tensor: Tensor, experts: int) -> Tensor:
         """That tensor as `[experts, *shape]`."""
         return tensor
+
+    # a call's tokens
+
+    def reach(self, config: PeftConfig, ids: Tensor | None, given: Mapping[str, Tensor]) -> Tensor | None:
+        """How many tokens at the end of each row an adapter acts on; None where a call does not say.
+
+        Asked once a call, with its `ids` `[rows, tokens]` and what it carries (`carries`). Layers find it token by token
+        under `reaches(adapter)` in the call's context. An adapter whose method does not override this acts on all.
+        """
+        raise NotImplementedError
 
     # its training
 

@@ -38,6 +38,9 @@ class BaseTuner(nn.Module):
         self.pending: tuple[Plan, Before] | None = None
         self.vocabulary = vocabulary(model)
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
+        self.reading: dict[
+            str, AdaptedLayer
+        ] = {}  # adapters that go by a call's tokens (`Method.reach`): a layer of each
         self.penalised: list[str] = []  # adapters whose methods have a `penalty`
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, config in configs.items():
@@ -98,7 +101,7 @@ class BaseTuner(nn.Module):
             before.restore()
             raise
         self.peft_config[name] = config
-        self._note(name, made.entry.method)
+        self._note(made)
         if made.targets is not None and "target_modules" in config.__dataclass_fields__:
             config.target_modules = made.targets  # as every reader of the file will want it: written out
         if not adapted:
@@ -112,10 +115,13 @@ class BaseTuner(nn.Module):
             self.pending = (made, before)
         return made
 
-    def _note(self, name: str, method: type) -> None:
-        if issubclass(method, Method):
-            self.carried = tuple(dict.fromkeys([*self.carried, *method.carries]))
-            self.penalised += [name] if method.penalty is not Method.penalty else []
+    def _note(self, made: Plan) -> None:
+        name, methods = made.name, made.methods()
+        self.carried = tuple(dict.fromkeys([*self.carried, *(c for m in methods for c in m.carries)]))
+        self.penalised += [name] if any(type(m).penalty is not Method.penalty for m in methods) else []
+        layers = [i.host for i in made.items if isinstance(i.host, AdaptedLayer)]
+        if reading := [h for h in layers if type(h.methods[name]).reach is not Method.reach]:
+            self.reading[name] = reading[0]
 
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""
@@ -162,6 +168,7 @@ class BaseTuner(nn.Module):
     def _forget(self, name: str) -> None:
         self.peft_config.pop(name)
         self.penalised = [n for n in self.penalised if n != name]
+        self.reading.pop(name, None)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""

@@ -18,14 +18,14 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..core import lifecycle
-from ..core.context import BASE, Call, using
+from ..core.context import BASE, Call, current, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, BaseMismatchWarning, CallError, ConfigError, warn
-from . import card, embeddings, generation, prompted, prompting, save, status
-from .parts import carry_context, transformers_config
+from . import card, embeddings, generation, prompted, prompting, reach, save, status
+from .parts import as_rows, carry_context, transformers_config
 
 
 class PeftModel(nn.Module):
@@ -193,30 +193,30 @@ class PeftModel(nn.Module):
             reads of a call, as Poly its `task_ids`, is given by name and goes to the layers alone.
         """
         with self._call(adapter_names, args, kwargs):
-            if self.tuner is None:
-                return prompted.call(self, args, kwargs)
-            return self.base_model(*args, **kwargs)
+            tuner = self.tuner
+            return prompted.call(self, args, kwargs) if tuner is None else reach.call(tuner, args, kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, adapted. adapter_names: as in a call, one for each prompt."""
         with self._call(adapter_names, args, kwargs):
-            if self.tuner is None:
-                return generation.generate(self, args, kwargs)
-            return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            tuner = self.tuner
+            return generation.generate(self, args, kwargs) if tuner is None else reach.generate(tuner, args, kwargs)
 
     @contextmanager
     def _call(self, rows: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         carried = () if self.tuner is None else self.tuner.carried
-        values = {name: kwargs.pop(name) for name in carried if name in kwargs}
-        values = {name: value for name, value in values.items() if value is not None}
+        given = {name: kwargs.pop(name) for name in carried if name in kwargs}
+        values = {name: as_rows(value) for name, value in given.items() if value is not None}
         if rows is None and not values:
             yield
             return
+        outer = current() or Call()
         if rows is not None:
             self._check_rows(rows, args, kwargs)
         if self.training:
             carry_context(self)
-        with using(Call(None if rows is None else tuple(rows), values=values)):
+        names = outer.rows if rows is None else tuple(rows)
+        with using(Call(names, outer.alone, {**outer.values, **values})):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
