@@ -17,6 +17,7 @@ _HOMES = {
     "registry": "method",
     "core.context": "Call using",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
+    "methods.variants.arrow": "ArrowConfig",
     "methods.oft": "OFTConfig",
     "methods.hra": "HRAConfig",
     "methods.ia3": "IA3Config",
