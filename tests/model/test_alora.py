@@ -199,6 +199,7 @@ def test_it_cannot_be_merged(model: Any) -> None:
         {"alora_invocation_tokens": [-1]},
         {"task_type": "SEQ_2_SEQ_LM"},
         {"target_parameters": ["x"]},
+        {"arrow_config": graftlet.ArrowConfig()},
     ],
     ids=str,
 )
