@@ -41,6 +41,7 @@ _HOMES = {
     "methods.tinylora": "TinyLoraConfig",
     "methods.unilora": "UniLoraConfig",
     "methods.vblora": "VBLoRAConfig",
+    "methods.xlora": "XLoraConfig",
     "methods.waveft": "WaveFTConfig",
     "methods.adalora": "AdaLoraConfig",
     "methods.adamss": "AdamssConfig",

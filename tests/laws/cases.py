@@ -113,6 +113,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "saved": {"r": 2, "theta_d_length": 300, "save_indices": True},
     },
     "POLY": {"plain": {"r": 2}, "split": {"r": 2, "n_splits": 2}},
+    "XLORA": {},  # works with other adapters, on whole models
     "SUPERTUNING": {"plain": {"sparsity": 0.5}, "supra": {"sparsity": 0.6, "r": 2, "select_top": False}},
 }  # fmt: skip
 

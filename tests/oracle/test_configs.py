@@ -20,6 +20,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "TRAINABLE_TOKENS": {"token_indices": [1]},
     "IA3": {"feedforward_modules": ["v"]},
     "ADALORA": {"total_step": 9},
+    "XLORA": {"hidden_size": 8, "adapters": {"0": "somewhere"}},
 }
 """What a config cannot do without."""
 

@@ -11,7 +11,7 @@ Methods keep no state: everything of one adapter on one layer is in the view `p`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -124,6 +124,7 @@ class Method:
     unmergeable: why merging is refused; None where it is not. unmixable: why a batch of several adapters' rows is.
     follows_ties: layers that share a target's weight are adapted along with it.
     carries: arguments of a model's call that are for the method: taken out of it, and found in `context.current()`.
+    controls: functions of the method that the model has while such an adapter is on it; a layer's view comes first.
     """
 
     law: ClassVar[Literal["sum", "chain", "one"]] = "sum"
@@ -134,6 +135,7 @@ class Method:
     saves_embedding: ClassVar[bool] = True
     """An embedding that it is on goes to the file with it, as the format has it."""
     carries: ClassVar[tuple[str, ...]] = ()
+    controls: ClassVar[tuple[str, ...]] = ()
     exact_start: ClassVar[bool] = True
     """A new adapter changes nothing until it is trained."""
 
@@ -200,6 +202,17 @@ class Method:
 
         Asked once a call, with its `ids` `[rows, tokens]` and what it carries (`carries`). Layers find it token by token
         under `reaches(adapter)` in the call's context. An adapter whose method does not override this acts on all.
+        """
+        raise NotImplementedError
+
+    def rehearse(
+        self, p: View, run: Callable[[Mapping[str, Tensor] | None], Tensor], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """What an adapter finds out about a call before it, to be carried in it.
+
+        `run` gives the last hidden state `[rows, tokens, features]` of the same call with these values carried, or of the
+        base alone for None. size: the call's rows and tokens. `p` is the view of one of the adapter's layers. A method
+        that overrides this sees all tokens in every call: the model then runs without a key-value cache.
         """
         raise NotImplementedError
 

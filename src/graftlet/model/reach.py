@@ -7,6 +7,8 @@ prefill in pieces agree. What a call found is left on its cache for the calls th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core.context import Call, current, reaches, using
+from ..core.layer import AdaptedLayer
+from ..core.lifecycle import disabled
 from ..core.tuner import BaseTuner
 from ..errors import CallError, CallWarning, warn
 from .generation import stand_in
@@ -30,8 +34,8 @@ KEPT = "_graftlet_first"
 
 def call(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A call of the adapted model."""
-    readers = _readers(tuner)
-    if not readers:
+    readers, rehearsers = _readers(tuner), _serving(tuner.rehearsing)
+    if not readers and not rehearsers:
         return tuner(*args, **kwargs)
     first = _find(tuner, readers, args, kwargs, _before(args, kwargs))
     for name, known in _kept(_cache(kwargs)).items():
@@ -39,26 +43,33 @@ def call(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
             first[name] = torch.where(first[name] == NEVER, known.to(first[name].device), first[name])
     if tuner.training:
         carry_context(tuner)
-    return _run(tuner, first, args, kwargs)
+    return _run(tuner, first, args, kwargs, rehearsers)
 
 
 def generate(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The adapted model's `generate`: the prompt says from where on an adapter acts, and it goes on to the end."""
     model: Any = tuner.model
-    readers = _readers(tuner)
-    if not readers:
+    readers, rehearsers = _readers(tuner), _serving(tuner.rehearsing)
+    if not readers and not rehearsers:
         return model.generate(*args, **kwargs)
     first = _find(tuner, readers, args, kwargs, 0)
-    return stand_in(model, lambda *a, **k: _run(model, first, a, k)).generate(*args, **kwargs)
+    if rehearsers:
+        kwargs = {**kwargs, "use_cache": False}
+    return stand_in(model, lambda *a, **k: _run(model, first, a, k, rehearsers)).generate(*args, **kwargs)
 
 
 def _readers(tuner: BaseTuner) -> list[str]:
     """The adapters that serve the call in progress and go by its tokens."""
-    if not tuner.reading:
+    return [name for name, _ in _serving(tuner.reading)]
+
+
+def _serving(layers: dict[str, AdaptedLayer]) -> list[tuple[str, AdaptedLayer]]:
+    """Of these adapters, each with one of its layers, those that serve the call in progress."""
+    if not layers:
         return []
     context = current()
     rows = None if context is None else context.rows
-    return [name for name, layer in tuner.reading.items() if name in (layer.acting() if rows is None else rows)]
+    return [(name, layer) for name, layer in layers.items() if name in (layer.acting() if rows is None else rows)]
 
 
 def _find(tuner: BaseTuner, readers: list[str], args: tuple, kwargs: dict[str, Any], before: int) -> First:
@@ -80,20 +91,41 @@ def _find(tuner: BaseTuner, readers: list[str], args: tuple, kwargs: dict[str, A
     return found
 
 
-def _run(model: Any, first: First, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """One forward, whose tokens an adapter acts on from its first one on."""
+Rehearsers = list[tuple[str, AdaptedLayer]]
+
+
+def _run(model: Any, first: First, args: tuple, kwargs: dict[str, Any], rehearsers: Rehearsers) -> Any:
+    """One forward, whose tokens an adapter acts on from its first one on; after what is to be found out about it."""
     (rows, count), before = _size(args, kwargs), _before(args, kwargs)
     context = current() or Call()
     values = dict(context.values)
     for name, start in first.items():
         places = torch.arange(before, before + count, device=start.device)
         values[reaches(name)] = places >= start.repeat_interleave(rows // len(start))[:, None]
+    for name, layer in rehearsers:
+        if before:
+            raise CallError(f"adapter {name!r} looks at all tokens of a call, and cannot go on from a cache.")
+        kwargs = {**kwargs, "use_cache": False}
+        values.update(layer.methods[name].rehearse(layer.view(name), _rehearsal(model, args, kwargs), (rows, count)))
     with using(replace(context, values=values)):
         output = model(*args, **kwargs)
     cache = _cache({name: getattr(output, name, None) for name in CACHES})
     if cache is not None:
         cache.__dict__[KEPT] = {**_kept(cache), **first}
     return output
+
+
+def _rehearsal(model: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[Mapping[str, Tensor] | None], Tensor]:
+    """The same call once more, for its last hidden state: see `Method.rehearse`."""
+    given = {name: value for name, value in kwargs.items() if name != "labels"}
+    given.update(output_hidden_states=True, return_dict=True)
+
+    def run(values: Mapping[str, Tensor] | None) -> Tensor:
+        off = disabled(model) if values is None else nullcontext()
+        with torch.no_grad(), off, using(Call(values=values or {})):
+            return model(*args, **given).hidden_states[-1]
+
+    return run
 
 
 def _ids(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
