@@ -17,6 +17,7 @@ _HOMES = {
     "registry": "method",
     "core.context": "Call using",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
+    "methods.variants.arrow": "ArrowConfig",
     "methods.oft": "OFTConfig",
     "methods.hra": "HRAConfig",
     "methods.ia3": "IA3Config",
@@ -40,6 +41,7 @@ _HOMES = {
     "methods.tinylora": "TinyLoraConfig",
     "methods.unilora": "UniLoraConfig",
     "methods.vblora": "VBLoRAConfig",
+    "methods.xlora": "XLoraConfig",
     "methods.waveft": "WaveFTConfig",
     "methods.adalora": "AdaLoraConfig",
     "methods.adamss": "AdamssConfig",
@@ -70,6 +72,7 @@ _HOMES = {
     "model.kv_prefix": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "model.parts": "shift_tokens_right",
+    "model.arrow": "create_arrow_model",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
 }

@@ -172,6 +172,16 @@ class PeftConfig:
         if not condition:
             raise ConfigError(f"{type(self).__name__}: {message}")
 
+    @property
+    def brings(self) -> dict[str, str]:
+        """Adapters that this one works with, by name: where each is saved. They are loaded before it."""
+        return {}
+
+    @property
+    def teaches(self) -> bool:
+        """Whether those adapters learn along with it."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return asdict(self)

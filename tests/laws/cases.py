@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "lora_bias": {"r": 4, "lora_bias": True},
         "gaussian": {"r": 4, "init_lora_weights": "gaussian"},
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
+        "alora": {"r": 4, "alora_invocation_tokens": [1]},
     },
     "HRA": {"plain": {"r": 4}, "gram-schmidt": {"r": 3, "apply_GS": True}, "odd": {"r": 3}},
     "OFT": {
@@ -112,8 +113,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "saved": {"r": 2, "theta_d_length": 300, "save_indices": True},
     },
     "POLY": {"plain": {"r": 2}, "split": {"r": 2, "n_splits": 2}},
+    "XLORA": {},  # works with other adapters, on whole models
     "SUPERTUNING": {"plain": {"sparsity": 0.5}, "supra": {"sparsity": 0.6, "r": 2, "select_top": False}},
 }  # fmt: skip
+
+CALLS: dict[tuple[str, str], dict[str, Any]] = {("LORA", "alora"): {"alora_offsets": [2, 3, 1, 2]}}
+"""What a call needs beside its inputs."""
+
+UNMERGED = {("LORA", "alora")}
+"""Settings without a merged form although the method has one."""
 
 UNNEUTRAL = {("HRA", "gram-schmidt"), ("HRA", "odd"), ("DEFT", "para")}
 """Settings that change the model from the start although the method's default does not."""
@@ -129,6 +137,7 @@ _EMBEDDINGS = {"embedding", "scaled-embedding", "padded-embedding"}
 _OPAQUE = {"attention", "attention-time-first", "matrix", "experts", "experts-transposed"}
 
 REFUSED = {
+    ("LORA", "alora"): _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE,
     ("LORA", "pissa"): _CONVOLUTIONS | _OPAQUE,
     ("LORA", "lora_bias"): _EMBEDDINGS | _OPAQUE | {"no-bias"},
     ("ROAD", "plain"): {"grouped"},
@@ -166,7 +175,13 @@ class Case:
     @property
     def merges(self) -> bool:
         """A merged form exists."""
-        return self.entry.method.unmergeable is None and (self.entry.name, self.bench.name) not in CROSSING
+        crossing = (self.entry.name, self.bench.name) in CROSSING
+        return self.entry.method.unmergeable is None and self.key not in UNMERGED and not crossing
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What a call needs beside its inputs."""
+        return CALLS.get(self.key, {})
 
     @property
     def first(self) -> bool:

@@ -81,7 +81,7 @@ def second(model: PeftModel, case: Case, name: str = "other") -> None:
 
 @torch.no_grad()
 def run(model: torch.nn.Module, case: Case, dtype: torch.dtype = SINGLE, **kwargs: Any) -> Tensor:
-    return model(*case.bench.example(dtype), **kwargs)
+    return model(*case.bench.example(dtype), **case.call, **kwargs)
 
 
 def base_output(case: Case, dtype: torch.dtype = SINGLE) -> Tensor:
@@ -122,7 +122,7 @@ def test_only_declared_tensors_get_gradients(case: Case) -> None:
     second(model, case)
     model.train()
     with seeded(6):
-        y = model(*case.bench.example())
+        y = model(*case.bench.example(), **case.call)
         (y * torch.randn_like(y)).sum().backward()
     taught = {id(p) for p in learning(model, "default")}
     assert taught
@@ -381,5 +381,5 @@ def test_it_compiles_for_training(case: Case) -> None:
 
 def gradients(call: Any, model: PeftModel, case: Case) -> dict[str, Tensor]:
     model.zero_grad()
-    call(*case.bench.example()).square().sum().backward()
+    call(*case.bench.example(), **case.call).square().sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

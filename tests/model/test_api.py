@@ -448,3 +448,13 @@ def test_plain_modules_need_no_transformers(tmp_path):
         assert "transformers" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=300)
+
+
+def test_what_layers_share_learns_with_its_adapter() -> None:
+    config = {"target_modules": ["q_proj"], "r": 2, "num_vectors": 6, "vector_length": 2, "topk": 2}
+    model = graftlet.get_peft_model(llama(), graftlet.VBLoRAConfig(**config))
+    model.add_adapter("other", graftlet.VBLoRAConfig(**config))
+    model.set_adapter("other")
+    banks = {name: t.requires_grad for name, t in model.named_parameters() if "vector_bank" in name}
+    assert sorted(banks.values()) == [False, True]
+    assert all(learns == name.endswith("other") for name, learns in banks.items())

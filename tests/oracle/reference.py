@@ -89,9 +89,9 @@ def move(model: nn.Module, by: float = 0.2) -> None:
 
 
 @torch.no_grad()
-def output(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+def output(model: nn.Module, inputs: tuple[Tensor, ...], case: Case) -> Tensor:
     """The model's output. Poly, in the reference, cannot do without the rows' tasks, and takes them below its wrapper."""
     tuner = getattr(model, "base_model", model)
     if type(tuner).__name__ == "PolyModel":
         return tuner(*inputs, task_ids=torch.zeros(len(inputs[0]), dtype=torch.int64))
-    return model(*inputs)
+    return model(*inputs, **case.call)

@@ -21,6 +21,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": ["v"]},
     "ADALORA": {"total_step": 9},
     "CPT": {"task_type": "CAUSAL_LM"},
+    "XLORA": {"hidden_size": 8, "adapters": {"0": "somewhere"}},
 }
 """What a config cannot do without."""
 

@@ -113,7 +113,7 @@ def test_keys_shapes_and_dtypes_in_memory(case: Case) -> None:
 @awaited(FORWARD)
 def test_outputs_are_the_references(case: Case) -> None:
     pair, inputs = equal_pair(case), case.bench.example()
-    near(output(pair.ours, inputs), output(pair.theirs, inputs), torch.float32, steps=16)
+    near(output(pair.ours, inputs, case), output(pair.theirs, inputs, case), torch.float32, steps=16)
 
 
 @awaited(MERGED)
@@ -123,7 +123,7 @@ def test_merged_outputs_are_the_references(case: Case) -> None:
     pair, inputs = equal_pair(case), case.bench.example()
     pair.theirs.merge_adapter()
     pair.ours.merge_adapter()
-    near(output(pair.ours, inputs), output(pair.theirs, inputs), torch.float32, steps=16)
+    near(output(pair.ours, inputs, case), output(pair.theirs, inputs, case), torch.float32, steps=16)
 
 
 def half(case: Any) -> bool:
@@ -136,7 +136,7 @@ def test_outputs_on_a_bfloat16_base(case: Case, in_place: bool) -> None:
     if in_place and case.entry.name == "POLY":
         pytest.skip("the reference takes the rows' tasks in its wrapper alone")
     pair, inputs = equal_pair(case, torch.bfloat16, in_place), case.bench.example(torch.bfloat16)
-    ours, theirs = output(pair.ours, inputs), output(pair.theirs, inputs)
+    ours, theirs = output(pair.ours, inputs, case), output(pair.theirs, inputs, case)
     assert ours.dtype == theirs.dtype
     near(ours, theirs, torch.bfloat16)
 

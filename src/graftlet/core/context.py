@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import CallError
+
 BASE = "__base__"
 """In `adapter_names`: a row that the base model serves alone."""
 
@@ -54,6 +56,25 @@ class Call:
             return None
         return carried if count == len(carried) else carried.repeat_interleave(count // len(carried), 0)
 
+    def tokens(self, name: str, lead: torch.Size) -> Tensor | None:
+        """What is carried under a name, `[rows, tokens, ...]`, for an input of the shape `[*lead, features]`.
+
+        Rows may be repeated, as beam search does, and all in one; a layer may be given the last tokens only, as an output
+        head is. None where nothing is carried; raises `CallError` where the input's tokens are not the call's.
+        """
+        carried = self.values.get(name)
+        if carried is None:
+            return None
+        rows, count = carried.shape[:2]
+        if len(lead) == 2 and lead[0] % rows == 0 and lead[1] <= count:
+            return carried[:, count - lead[1] :].repeat_interleave(lead[0] // rows, 0)
+        if len(lead) == 1 and lead[0] == rows * count:
+            return carried.flatten(0, 1)
+        raise CallError(
+            f"a layer was called with an input of {tuple(lead)} tokens, which are not the call's {(rows, count)}; an "
+            "adapter that goes by tokens cannot be on it: leave the layer out of target_modules."
+        )
+
     def part(self, name: str, index: Tensor, count: int) -> Call:
         """The context of some of `count` rows, which one adapter serves."""
         values = {
@@ -66,6 +87,11 @@ class Call:
         for i, name in enumerate(rows):
             found.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
         return [(name, torch.tensor(index, device=device)) for name, index in found.items()]
+
+
+def reaches(adapter: str) -> str:
+    """The name under which a call carries on which of its tokens an adapter acts, `[rows, tokens]`."""
+    return f"reach of {adapter}"
 
 
 class _Local(threading.local):

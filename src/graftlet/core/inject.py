@@ -78,10 +78,14 @@ class Plan:
                 item.copy = _copied(item.place.bare, meta, memo if self.config.ensure_weight_tying else {})
         return self
 
+    def methods(self) -> list[Method]:
+        """One method of each kind among the adapter's layers."""
+        return list({type(i.branch.method): i.branch.method for i in self.items if i.branch is not None}.values())
+
     def _build_commons(self, meta: bool, widen: bool) -> None:
         branches = {i.branch.key: i for i in self.items if i.branch is not None and i.site is not None}
         sites = {key: item.site for key, item in branches.items() if item.site is not None}
-        for method in _methods([i.branch for i in branches.values() if i.branch is not None]):
+        for method in self.methods():
             specs = method.commons(self.config, sites)
             kept = next(iter(sites.values())).weight if specs else None
             if kept is None:
@@ -223,11 +227,6 @@ def _empty(shape: tuple[int, ...], spec: Spec, kept: Tensor, meta: bool, widen: 
             f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {kept.device} has: "
             "lower the rank, or whatever sets that size."
         ) from error
-
-
-def _methods(branches: list[Branch]) -> list[Method]:
-    """One method of each kind among the branches."""
-    return list({type(b.method): b.method for b in branches}.values())
 
 
 def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:

@@ -7,6 +7,7 @@ stage can be called, and can tell its weight: merging writes the last stage's we
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -110,6 +111,22 @@ class Adapted:
         return self.before.origin()
 
 
+class Peers(Mapping[str, tuple[Method, View]]):
+    """The adapters of a layer by name, each with its method and its view, which is made when it is asked for."""
+
+    def __init__(self, layer: AdaptedLayer) -> None:
+        self._layer = layer
+
+    def __getitem__(self, name: str) -> tuple[Method, View]:
+        return self._layer.methods[name], self._layer.view(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layer.methods)
+
+    def __len__(self) -> int:
+        return len(self._layer.methods)
+
+
 def widened(W: Tensor, b: Tensor | None) -> Weights:
     """Weights in at least single precision, so that deltas add up before anything is rounded."""
     dtype = torch.promote_types(W.dtype, torch.float32)
@@ -134,6 +151,7 @@ class AdaptedLayer(AdapterHost):
         self.settings: dict[str, list[str]] = {}
         self._reads: dict[str, list[tuple[str, str, str | None, Spec]]] = {}
         self.commons: dict[str, dict[str, Common]] = {}
+        self._peers = Peers(self)
         self._saved: tuple[Any, Any] | None = None
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
@@ -245,7 +263,7 @@ class AdaptedLayer(AdapterHost):
             held = common[name]
             whole = dtype is None or isinstance(held, Leaf) or not held.is_floating_point()
             values[called] = held if whole else held.to(dtype)
-        values["shared"] = tuple(shared)
+        values["shared"], values["adapter"], values["peers"] = tuple(shared), name, self._peers
         return View(self.configs[name], self.site, dtype or kept, values)
 
     def check_together(self, names: list[str]) -> None:

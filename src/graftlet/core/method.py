@@ -11,7 +11,7 @@ Methods keep no state: everything of one adapter on one layer is in the view `p`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -58,7 +58,8 @@ class View:
     """One adapter's tensors and settings on one layer.
 
     dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
-    shared: the names of what all layers of the adapter share.
+    shared: the names of what all layers of the adapter share. adapter: its name. peers: all adapters of the layer, each
+        with its method and its view.
     """
 
     config: PeftConfig
@@ -67,6 +68,8 @@ class View:
     key: str
     training: bool = False
     shared: tuple[str, ...] = ()
+    adapter: str = ""
+    peers: Mapping[str, tuple[Method, View]] = {}
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -131,6 +134,7 @@ class Method:
     unmergeable: why merging is refused; None where it is not. unmixable: why a batch of several adapters' rows is.
     follows_ties: layers that share a target's weight are adapted along with it.
     carries: arguments of a model's call that are for the method: taken out of it, and found in `context.current()`.
+    controls: functions of the method that the model has while such an adapter is on it; a layer's view comes first.
     """
 
     law: ClassVar[Literal["sum", "chain", "one"]] = "sum"
@@ -141,6 +145,7 @@ class Method:
     saves_embedding: ClassVar[bool] = True
     """An embedding that it is on goes to the file with it, as the format has it."""
     carries: ClassVar[tuple[str, ...]] = ()
+    controls: ClassVar[tuple[str, ...]] = ()
     exact_start: ClassVar[bool] = True
     """A new adapter changes nothing until it is trained."""
 
@@ -199,6 +204,27 @@ class Method:
     def unstacked(self, name: str, tensor: Tensor, experts: int) -> Tensor:
         """That tensor as `[experts, *shape]`."""
         return tensor
+
+    # a call's tokens
+
+    def reach(self, config: PeftConfig, ids: Tensor | None, given: Mapping[str, Tensor]) -> Tensor | None:
+        """How many tokens at the end of each row an adapter acts on; None where a call does not say.
+
+        Asked once a call, with its `ids` `[rows, tokens]` and what it carries (`carries`). Layers find it token by token
+        under `reaches(adapter)` in the call's context. An adapter whose method does not override this acts on all.
+        """
+        raise NotImplementedError
+
+    def rehearse(
+        self, p: View, run: Callable[[Mapping[str, Tensor] | None], Tensor], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """What an adapter finds out about a call before it, to be carried in it.
+
+        `run` gives the last hidden state `[rows, tokens, features]` of the same call with these values carried, or of the
+        base alone for None. size: the call's rows and tokens. `p` is the view of one of the adapter's layers. A method
+        that overrides this sees all tokens in every call: the model then runs without a key-value cache.
+        """
+        raise NotImplementedError
 
     # its training
 

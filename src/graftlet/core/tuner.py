@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +39,9 @@ class BaseTuner(nn.Module):
         self.pending: tuple[Plan, Before] | None = None
         self.vocabulary = vocabulary(model)
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
+        self.reading: dict[str, AdaptedLayer] = {}  # a layer of each adapter that goes by tokens (`Method.reach`)
+        self.rehearsing: dict[str, AdaptedLayer] = {}  # those that look at a call before it (`Method.rehearse`)
+        self.controls: dict[str, tuple[AdaptedLayer, str]] = {}  # functions of methods (`Method.controls`)
         self.penalised: list[str] = []  # adapters whose methods have a `penalty`
         self._allocators: dict[str, Allocator | None] = {}
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -50,6 +54,9 @@ class BaseTuner(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
+            if name in (controls := self.__dict__.get("controls", {})):
+                layer, adapter = controls[name]
+                return functools.partial(getattr(layer.methods[adapter], name), layer.view(adapter))
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,7 +122,7 @@ class BaseTuner(nn.Module):
             before.restore()
             raise
         self.peft_config[name] = config
-        self._note(name, made.entry.method)
+        self._note(made)
         if made.targets is not None and "target_modules" in config.__dataclass_fields__:
             config.target_modules = made.targets  # as every reader of the file will want it: written out
         if not adapted:
@@ -129,10 +136,16 @@ class BaseTuner(nn.Module):
             self.pending = (made, before)
         return made
 
-    def _note(self, name: str, method: type) -> None:
-        if issubclass(method, Method):
-            self.carried = tuple(dict.fromkeys([*self.carried, *method.carries]))
-            self.penalised += [name] if method.penalty is not Method.penalty else []
+    def _note(self, made: Plan) -> None:
+        name, methods = made.name, made.methods()
+        self.carried = tuple(dict.fromkeys([*self.carried, *(c for m in methods for c in m.carries)]))
+        self.penalised += [name] if any(type(m).penalty is not Method.penalty for m in methods) else []
+        layers = [i.host for i in made.items if isinstance(i.host, AdaptedLayer)]
+        if reading := [h for h in layers if type(h.methods[name]).reach is not Method.reach]:
+            self.reading[name] = reading[0]
+        if rehearsing := [h for h in layers if type(h.methods[name]).rehearse is not Method.rehearse]:
+            self.rehearsing[name] = rehearsing[0]
+        self.controls.update({c: (h, name) for h in reversed(layers) for c in h.methods[name].controls})
 
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""
@@ -161,7 +174,7 @@ class BaseTuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters."""
-        lifecycle.set_adapter(self.model, adapter_name, inference_mode)
+        lifecycle.set_adapter(self, adapter_name, inference_mode)
         if any(config.bias != "none" for config in self.peft_config.values()):
             lifecycle.mark_trainable(self.model, {} if inference_mode else self.peft_config)
 
@@ -173,13 +186,16 @@ class BaseTuner(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its config."""
-        lifecycle.delete_adapter(self.model, adapter_name)
+        lifecycle.delete_adapter(self, adapter_name)
         self._forget(adapter_name)
 
     def _forget(self, name: str) -> None:
         self.peft_config.pop(name)
         self.penalised = [n for n in self.penalised if n != name]
         self._allocators.pop(name, None)
+        self.reading.pop(name, None)
+        self.rehearsing.pop(name, None)
+        self.controls = {c: held for c, held in self.controls.items() if held[1] != name}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""

@@ -79,10 +79,6 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
     kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
 
-    @property
-    def reads_tokens(self) -> bool:
-        return self.alora_invocation_tokens is not None
-
     def check(self) -> None:
         ranks = {"r": self.r, **(self.rank_pattern or {})}
         for name, rank in ranks.items():

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ def carry_context(model: nn.Module) -> None:
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, Carrying):
             module.__dict__["_gradient_checkpointing_func"] = Carrying(checkpoint)
+
+
+def as_rows(value: Any) -> Tensor:
+    """What a call gives row by row, as a tensor; in a list, None stands for 0."""
+    return value if isinstance(value, Tensor) else torch.tensor([0 if v is None else v for v in value])
 
 
 def configs_of(model: nn.Module) -> dict[str, PeftConfig]:

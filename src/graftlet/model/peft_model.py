@@ -18,15 +18,16 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..core import lifecycle
-from ..core.context import BASE, Call, using
+from ..core.context import BASE, Call, current, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
 from ..core.method import ROWS
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
-from ..errors import AdapterFileError, AdapterNameError, BaseMismatchWarning, CallError, ConfigError, warn
-from . import card, embeddings, generation, prompted, prompting, save, status
-from .parts import carry_context, transformers_config
+from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
+from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
+from .origin import base_name, check_base, upload
+from .parts import as_rows, carry_context
 
 
 class PeftModel(nn.Module):
@@ -61,9 +62,10 @@ class PeftModel(nn.Module):
             self._prompt_off = False
             prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
-            tuner = BaseTuner(model, {})
-            tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
-            self.base_model = tuner
+            self.base_model = tuner = BaseTuner(model, {})
+            with bring.brought(self, peft_config, autocast_adapter_dtype):
+                tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
+            bring.lead(self, adapter_name)
         if prompted.checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -139,7 +141,8 @@ class PeftModel(nn.Module):
         if self.tuner is None:
             prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
-            self.tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
+            with bring.brought(self, peft_config, autocast_adapter_dtype):
+                self.tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter (or several together, for methods on layers) the active one, and the one that learns.
@@ -161,7 +164,7 @@ class PeftModel(nn.Module):
         if self.tuner is None:
             prompting.set_requires_grad(self, names, requires_grad)
         else:
-            lifecycle.set_requires_grad(self.tuner.model, names, requires_grad)
+            lifecycle.set_requires_grad(self.tuner, names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was active, another one is from then on."""
@@ -194,30 +197,30 @@ class PeftModel(nn.Module):
             reads of a call, as Poly its `task_ids`, is given by name and goes to the layers alone.
         """
         with self._call(adapter_names, args, kwargs):
-            if self.tuner is None:
-                return prompted.call(self, args, kwargs)
-            return self.base_model(*args, **kwargs)
+            tuner = self.tuner
+            return prompted.call(self, args, kwargs) if tuner is None else reach.call(tuner, args, kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, adapted. adapter_names: as in a call, one for each prompt."""
         with self._call(adapter_names, args, kwargs):
-            if self.tuner is None:
-                return generation.generate(self, args, kwargs)
-            return self.get_base_model().generate(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+            tuner = self.tuner
+            return generation.generate(self, args, kwargs) if tuner is None else reach.generate(tuner, args, kwargs)
 
     @contextmanager
     def _call(self, rows: list[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         carried = () if self.tuner is None else self.tuner.carried
-        values = {name: kwargs.pop(name) for name in carried if name in kwargs}
-        values = {name: value for name, value in values.items() if value is not None}
+        given = {name: kwargs.pop(name) for name in carried if name in kwargs}
+        values = {name: as_rows(value) for name, value in given.items() if value is not None}
         if rows is None and not values:
             yield
             return
+        outer = current() or Call()
         if rows is not None:
             self._check_rows(rows, args, kwargs)
         if self.training:
             carry_context(self)
-        with using(Call(None if rows is None else tuple(rows), values=values)):
+        names = outer.rows if rows is None else tuple(rows)
+        with using(Call(names, outer.alone, {**outer.values, **values})):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -368,14 +371,14 @@ class PeftModel(nn.Module):
         hub = {k: v for k, v in kwargs.items() if k not in ("torch_device", "allow_pickle")}
         chosen = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
         chosen.inference_mode = not is_trainable
-        _check_base(model, chosen, str(model_id))
+        check_base(model, chosen, str(model_id))
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
         tensors = save.load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
         recorded = save.recorded(model_id, save.VOCABULARY, **kwargs)
         embeddings.check_vocabulary(model, recorded, tensors, str(model_id))
         before = Before(model)
         made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
-        with made._undone_on_error(before):
+        with made._undone_on_error(before, fresh=True):
             save.load_verified(made, tensors, adapter_name, strict, str(model_id))
             made._loaded([adapter_name], chosen)
         return made
@@ -401,7 +404,7 @@ class PeftModel(nn.Module):
         hub = {k: v for k, v in kwargs.items() if k not in ("allow_pickle",)}
         config = PeftConfig.from_pretrained(model_id, **hub)
         config.inference_mode = not is_trainable
-        _check_base(self.get_base_model(), config, str(model_id))
+        check_base(self.get_base_model(), config, str(model_id))
         tensors = save.load_peft_weights(model_id, torch_device, key_mapping, **kwargs)
         before = Before(self.get_base_model())
         self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, _init=False)
@@ -420,17 +423,17 @@ class PeftModel(nn.Module):
             relink(self.tuner.model, name)
 
     @contextmanager
-    def _undone_on_error(self, before: Before) -> Iterator[None]:
-        """Take an adapter that could not be loaded out again."""
+    def _undone_on_error(self, before: Before, fresh: bool = False) -> Iterator[None]:
+        """Take an adapter that could not be loaded out again, and all there are where the model had none."""
         try:
             yield
         except BaseException:
             if self.tuner is not None:
                 self.tuner.abandon()
-            elif len(self.peft_config) > 1:
+            elif not fresh:
                 self.delete_adapter(list(self.peft_config)[-1])
-            else:
-                lifecycle.unload(self.base_model)
+            if fresh:
+                lifecycle.unload(self.get_base_model())
             before.restore()
             raise
 
@@ -473,29 +476,3 @@ class PeftModel(nn.Module):
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}
 """The class for each `task_type`; `tasks` fills it in."""
-
-
-def base_name(model: nn.Module) -> str | None:
-    """Where a transformers model came from."""
-    name = getattr(model, "name_or_path", None) or transformers_config(model).get("_name_or_path")
-    return str(name) if name else None
-
-
-def _check_base(model: nn.Module, config: PeftConfig, origin: str) -> None:
-    theirs, ours = config.base_model_name_or_path, base_name(model)
-    if theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
-        warn(
-            BaseMismatchWarning,
-            f"{origin} was trained on {theirs!r} and is put on {ours!r}; where they differ, its effect does too.",
-            stacklevel=4,
-        )
-
-
-def upload(folder: Path, repo_id: str | None = None, **kwargs: Any) -> Any:
-    """Upload a saved adapter to the hub, making the repository where there is none."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=kwargs.get("token"))
-    name = api.create_repo(repo_id or folder.name, private=kwargs.get("private"), exist_ok=True).repo_id
-    message = kwargs.get("commit_message") or "Upload adapter"
-    return api.upload_folder(repo_id=name, folder_path=folder, commit_message=message, revision=kwargs.get("revision"))

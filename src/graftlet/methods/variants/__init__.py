@@ -39,6 +39,10 @@ class Wrapper(Method):
     def __init__(self, inner: Delta) -> None:
         self.inner = inner
 
+    @classmethod
+    def checks(cls, config: Any) -> None:
+        """Raise `ConfigError` where a config's values do not go with the variant."""
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         if self.sites and not isinstance(site, self.sites):
             kinds = ", ".join(s.__name__ for s in self.sites)
@@ -129,6 +133,7 @@ def check(config: Any, start: str) -> None:
             f"{type(config).__name__}: {kind.field} does not go with init_lora_weights={start!r}; "
             f"allowed: {', '.join(kind.starts)}."
         )
+    kind.checks(config)
 
 
 def losses(model: nn.Module, kind: type[Wrapper], adapter_names: str | Sequence[str] | None = None) -> Any:
