@@ -41,7 +41,7 @@ class Entry:
     @property
     def family(self) -> str:
         """The name of the base class that the method's mathematics derives from."""
-        return next(c.__name__ for c in self.method.__mro__ if c.__module__ == "graftlet.core.method")
+        return next(c.__name__ for c in self.method.__mro__ if c.__module__.startswith("graftlet.core."))
 
 
 _table: dict[str, Entry] = {}

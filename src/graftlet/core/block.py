@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole blocks with a call of an adapter's around them: LLaMA-Adapter's attention."""
+"""Whole blocks with a call of an adapter's around them: LLaMA-Adapter's attention, ShadowPEFT's second state."""
 
 from __future__ import annotations
 
@@ -8,35 +8,39 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import CallError, MergeError
+from ..config import PeftConfig
+from ..errors import CallError, ConfigError, MergeError, listing
+from .around import Block, Held
 from .context import current
 from .host import AdapterHost
-from .method import Block, Spec
-from .tensors import Box, Leaf, as_held
+from .method import Spec
+from .tensors import Box, Boxes, Leaf, Networks, adapter_dtype, as_held, split
+
+Tensors = tuple[dict[str, Spec], dict[str, Tensor]]
 
 
-class AdaptedBlock(AdapterHost):
-    """Stands in for a block, which is `self.model`.
+class BlockHost(AdapterHost):
+    """Stands in for a block, which it holds under `inner`."""
 
-    The format has no level for the adapter here: the active adapter's tensors are the parameters of this module
-    (`adaption_prompt`), those of the others are parked in `self.parked` under their adapter's name.
-    """
+    inner = "base_layer"
 
     def __init__(self, block: nn.Module, method: Block) -> None:
         super().__init__()
-        self._modules["model"], self._modules["parked"] = block, Box()
+        self._modules[self.inner] = block
         self.method = method
         self.specs: dict[str, dict[str, Spec]] = {}
-        self._shown: str | None = None
+        self.configs: dict[str, PeftConfig] = {}
+        self.numbers: dict[str, int] = {}
+        self.networks: dict[str, Networks] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules") or {}
-            if "model" not in modules:
+            if self.inner not in modules:
                 raise
-            return getattr(modules["model"], name)
+            return getattr(modules[self.inner], name)
 
     @property
     def adapters(self) -> list[str]:
@@ -44,16 +48,108 @@ class AdaptedBlock(AdapterHost):
 
     @property
     def base(self) -> nn.Module:
-        return cast(nn.Module, self._modules["model"])
+        return cast(nn.Module, self._modules[self.inner])
 
-    def attach(self, name: str, specs: dict[str, Spec], tensors: dict[str, Tensor]) -> None:
-        """Take an adapter in, parked until it is activated."""
-        leaf = Leaf()
-        for tensor_name, spec in specs.items():
-            leaf.register_parameter(tensor_name, cast(nn.Parameter, as_held(tensors[tensor_name], spec)))
-        self.parked.put(name, leaf)
-        self.specs[name] = specs
+    @property
+    def methods(self) -> dict[str, Block]:
+        """The method of each adapter here."""
+        return dict.fromkeys(self.specs, self.method)
+
+    def attach(self, name: str, config: PeftConfig, made: Tensors, number: int = 0) -> None:
+        """Take an adapter in. number: the block's place among those of the adapter."""
+        self.specs[name], self.configs[name], self.numbers[name] = made[0], config, number
         self._learning.add(name)
+        for tensor_name, spec in made[0].items():
+            self.put(name, tensor_name, as_held(made[1][tensor_name], spec), spec)
+
+    def view(self, name: str) -> Held:
+        """What an adapter holds here."""
+        tensors = {n: self.tensor(name, n) for n in self.specs[name]}
+        return Held(self.configs[name], name, tensors, self.numbers[name], self.training, self.networks)
+
+    def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
+        """Hold one tensor of an adapter."""
+        raise NotImplementedError
+
+    def tensor(self, adapter: str, tensor_name: str) -> Tensor:
+        """One tensor of an adapter, by its name in memory."""
+        raise NotImplementedError
+
+    def check_together(self, names: list[str]) -> None:
+        if len(here := [n for n in names if n in self.specs]) > 1:
+            raise ConfigError(f"{listing(here)} act on whole blocks, which take one adapter at a time; activate one.")
+
+    def forget(self, name: str) -> None:
+        for held in (self.specs, self.configs, self.numbers):
+            held.pop(name)
+        self._learning.discard(name)
+
+    def trainable(self, name: str) -> dict[str, nn.Parameter]:
+        held = {s.disk or n: self.tensor(name, n) for n, s in self.specs.get(name, {}).items()}
+        return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        return dict(self.trainable(name))
+
+    def assign(self, name: str, key: str, value: Tensor) -> None:
+        tensor_name, spec = next((n, s) for n, s in self.specs[name].items() if (s.disk or n) == key)
+        held = self.tensor(name, tensor_name)
+        if held.is_meta:
+            place = next(self.base.parameters()).device
+            made = nn.Parameter(value.to(place, held.dtype, copy=True), held.requires_grad)
+            self.put(name, tensor_name, made, spec)
+        else:
+            held.copy_(value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = current()
+        if call is not None and call.rows is not None and not self._disabled:
+            raise CallError(f"{type(self.method).__name__} acts on whole blocks, which cannot be mixed in a batch.")
+        names = self.acting()
+        if not names:
+            return self.base(*args, **kwargs)
+        return self.method.call(self.view(names[0]), self.base, args, kwargs)
+
+    def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
+        if names := self.to_merge(adapter_names):
+            raise MergeError(f"adapter {names[0]!r} cannot be merged: {self.method.unmergeable}.")
+
+    def unmerge(self) -> None:
+        """Nothing is ever merged into a block."""
+
+
+class BoxedBlock(BlockHost, Boxes):
+    """A block whose adapters stand in boxes, as those of layers do: `shadow_up["default"]`."""
+
+    def forget(self, name: str) -> None:
+        for box in {split(tensor_name)[0] for tensor_name in self.specs[name]}:
+            self._box(box).drop(name)
+        super().forget(name)
+
+
+class AdaptedBlock(BlockHost):
+    """A block in a format that has no level for the adapter.
+
+    The active adapter's tensors are the parameters of this module (`adaption_prompt`), those of the others are parked in
+    `self.parked` under their adapter's name.
+    """
+
+    inner = "model"
+
+    def __init__(self, block: nn.Module, method: Block) -> None:
+        super().__init__(block, method)
+        self._modules["parked"] = Box()
+        self._shown: str | None = None
+
+    def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
+        if adapter != self._shown and adapter not in self.parked:
+            self.parked.put(adapter, Leaf())
+        held = self._parameters if self._shown == adapter else self.parked[adapter]._parameters
+        held[tensor_name] = cast(nn.Parameter, tensor)
+
+    def tensor(self, adapter: str, tensor_name: str) -> Tensor:
+        held = self._parameters if self._shown == adapter else self.parked[adapter]._parameters
+        return cast(Tensor, held[tensor_name])
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
@@ -80,50 +176,20 @@ class AdaptedBlock(AdapterHost):
         if self._shown == name:
             self._show(None)
         self.parked.drop(name)
-        self.specs.pop(name)
-        self._learning.discard(name)
-
-    def trainable(self, name: str) -> dict[str, nn.Parameter]:
-        if name not in self.specs:
-            return {}
-        held = self._parameters if self._shown == name else self.parked[name]._parameters
-        return {n: cast(nn.Parameter, held[n]) for n in self.specs[name]}
-
-    def state(self, name: str) -> dict[str, Tensor]:
-        return dict(self.trainable(name))
-
-    def assign(self, name: str, key: str, value: Tensor) -> None:
-        held = self._parameters if self._shown == name else self.parked[name]._parameters
-        old = cast(nn.Parameter, held[key])
-        if old.is_meta:
-            place = next(self.base.parameters()).device
-            held[key] = nn.Parameter(value.to(place, old.dtype, copy=True), old.requires_grad)
-        else:
-            old.copy_(value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call = current()
-        if call is not None and call.rows is not None and not self._disabled:
-            raise CallError(f"{type(self.method).__name__} acts on whole blocks, which cannot be mixed in a batch.")
-        names = self.acting()
-        if not names:
-            return self.base(*args, **kwargs)
-        return self.method.call(self.trainable(names[0]), self.base, args, kwargs)
-
-    def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
-        if names := self.to_merge(adapter_names):
-            raise MergeError(f"adapter {names[0]!r} cannot be merged: {self.method.unmergeable}.")
-
-    def unmerge(self) -> None:
-        """Nothing is ever merged into a block."""
+        super().forget(name)
 
 
-def started(method: Block, block: nn.Module, config: Any, meta: bool) -> tuple[dict[str, Spec], dict[str, Tensor]]:
+def host_for(block: nn.Module, method: Block) -> BlockHost:
+    """A wrapper for a block, as the method's format has it."""
+    return (BoxedBlock if method.boxed else AdaptedBlock)(block, method)
+
+
+def started(method: Block, block: nn.Module, config: Any, model: nn.Module, meta: bool, widen: bool) -> Tensors:
     """An adapter's tensors for a block, started unless they are on meta."""
-    specs = method.params(block, config)
+    specs = method.params(block, config, model)
     like = next(p for p in block.parameters() if p.is_floating_point())
-    device = "meta" if meta else like.device
-    tensors = {n: torch.empty(s.shape, dtype=s.dtype or like.dtype, device=device) for n, s in specs.items()}
+    device, dtype = "meta" if meta else like.device, adapter_dtype(like, widen and method.boxed)
+    tensors = {n: torch.empty(s.shape, dtype=s.dtype or dtype, device=device) for n, s in specs.items()}
     if not meta:
-        method.init(tensors)
+        method.init(tensors, config)
     return specs, tensors

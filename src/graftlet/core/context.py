@@ -34,6 +34,8 @@ class Call:
     alone: str | None = None
     values: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     """What the call carries for methods that ask for it (`Method.carries`), by name: an entry a row of the batch."""
+    trail: dict[tuple[str, int], Tensor] = field(default_factory=dict, compare=False)
+    """What the blocks of an adapter hand on to each other, by its name and the number of the block that takes it."""
     known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
     """Groups found so far: the layers of a model ask for the same ones."""
 

@@ -18,13 +18,14 @@ from ..config import Names, PeftConfig
 from ..errors import ConfigError
 from ..registry import Entry
 from ..weights.site import Parameter, Site
-from .block import AdaptedBlock, started
+from .around import Block
+from .block import BlockHost, host_for, started
 from .host import AdapterHost, Shell, commons
 from .layer import AdaptedLayer, Branch, relink
-from .method import Block, Method, Replace, Spec, View
+from .method import Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place
-from .tensors import Common, as_held, attribute, common_of, split
+from .tensors import Common, Networks, adapter_dtype, as_held, attribute, common_of, networks_of, split
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Plan:
     """`target_modules` as resolved for the model."""
     items: list[Item] = field(default_factory=list)
     commons: dict[str, tuple[Spec, Tensor]] = field(default_factory=dict)
+    networks: dict[str, nn.Module] = field(default_factory=dict)
     _homes: dict[int, list[tuple[nn.Module, str]]] | None = None
 
     def build(self, meta: bool = False, widen: bool = True, init: bool = True) -> Plan:
@@ -73,9 +75,11 @@ class Plan:
             if item.branch is not None and item.site is not None:
                 build(item.branch, item.site, meta, widen, init)
             elif item.block is not None:
-                item.tensors = started(item.block, item.place.bare, self.config, meta)
+                item.tensors = started(item.block, item.place.bare, self.config, self.model, meta, widen)
             else:
                 item.copy = _copied(item.place.bare, meta, memo if self.config.ensure_weight_tying else {})
+        if (block := next((i.block for i in self.items if i.block is not None), None)) is not None:
+            self.networks = block.networks(self.config, self.model)
         return self
 
     def methods(self) -> list[Method]:
@@ -103,6 +107,7 @@ class Plan:
             for item in self.items:
                 self._apply(item)
             self._apply_commons()
+            self._apply_networks()
             relink(self.model, self.name)
         except BaseException:
             self.undo()
@@ -121,6 +126,15 @@ class Plan:
             if self.commons and item.branch is not None and isinstance(item.host, AdaptedLayer):
                 own = groups.get(item.branch.method.group(item.branch.key), {})
                 item.host.commons[self.name] = {**groups[""], **own}
+
+    def _apply_networks(self) -> None:
+        held: dict[str, Networks] = {}
+        for network_name, network in self.networks.items():
+            held[network_name] = networks_of(self.root, network_name)
+            held[network_name].hold(self.name, network)
+        blocks = [i.host for i in self.items if isinstance(i.host, BlockHost)]
+        for host in blocks:
+            host.networks.update(held)
 
     def settle(self) -> None:
         """Write the base weights that initialisations asked for: the last step, once nothing else can fail."""
@@ -144,8 +158,9 @@ class Plan:
             host.attach(self.name, item.branch)
         elif isinstance(host, Replacement):
             host.attach(self.name, item.copy, self._leader(item))
-        elif isinstance(host, AdaptedBlock):
-            host.attach(self.name, *item.tensors)
+        elif isinstance(host, BlockHost):
+            blocks = [i for i in self.items if i.block is not None]
+            host.attach(self.name, self.config, item.tensors, blocks.index(item))
 
     def activate(self, active: list[str], learn: bool) -> None:
         """Let new wrappers follow the adapters that are active, and the new adapter learn or not."""
@@ -209,12 +224,6 @@ def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> No
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
 
 
-def adapter_dtype(kept: Tensor, widen: bool) -> torch.dtype:
-    """What an adapter is kept in on a layer: the layer's own dtype, single precision where that is narrow or packed."""
-    dtype = kept.dtype if kept.is_floating_point() and kept.dtype.itemsize > 1 else torch.float32
-    return torch.float32 if widen and dtype.itemsize < 4 else dtype
-
-
 def _empty(shape: tuple[int, ...], spec: Spec, kept: Tensor, meta: bool, widen: bool) -> Tensor:
     dtype = spec.dtype or adapter_dtype(kept, widen)
     try:
@@ -258,7 +267,7 @@ def _find_host(standing: nn.Module, item: Item) -> AdapterHost | None:
     while isinstance(standing, AdapterHost):
         if item.replace is not None and isinstance(standing, Replacement):
             return standing
-        if item.block is not None and isinstance(standing, AdaptedBlock):
+        if isinstance(standing, BlockHost) and type(standing.method) is type(item.block):
             return standing
         if item.branch is not None and isinstance(standing, AdaptedLayer):
             named = standing.site.name if isinstance(standing.site, Parameter) else None
@@ -272,7 +281,7 @@ def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
     if item.replace is Saved:
         return ModulesToSave(standing)
     if item.block is not None:
-        return AdaptedBlock(standing, item.block)
+        return host_for(standing, item.block)
     if item.replace is not None:
         return Replacement(standing, item.replace.original, item.replace.copies, item.replace.on_disk)
     assert item.site is not None

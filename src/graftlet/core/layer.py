@@ -21,7 +21,7 @@ from .context import BASE, Call, current, using
 from .host import AdapterHost, hosts
 from .method import Method, Spec, Stage, View, Weights
 from .replace import Replacement
-from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, split
+from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, split
 
 
 @dataclass
@@ -133,7 +133,7 @@ def widened(W: Tensor, b: Tensor | None) -> Weights:
     return W.to(dtype), None if b is None else b.to(dtype)
 
 
-class AdaptedLayer(AdapterHost):
+class AdaptedLayer(AdapterHost, Boxes):
     """A base layer with adapters on one of its weights.
 
     Tensors stand parameter-major (`self.lora_A["default"]`), settings likewise (`self.scaling["default"]`); a method
@@ -199,16 +199,6 @@ class AdaptedLayer(AdapterHost):
         self._reads[name] = [(attribute(n), *split(n), spec) for n, spec in branch.specs.items()]
         self._learning.add(name)
 
-    def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
-        """Hold one tensor of an adapter in its box."""
-        box, entry = split(tensor_name)
-        if entry is None:
-            self._box(box).put(adapter, tensor, spec.persistent)
-            return
-        if adapter not in self._box(box):
-            self._box(box).put(adapter, Leaf())
-        self._box(box)[adapter].put(entry, tensor, spec.persistent)
-
     def mirror(self, adapter: str, tensor_name: str, source: AdaptedLayer, source_name: str) -> None:
         """Let an adapter's tensor be the transpose of another layer's from now on."""
         self._box(split(tensor_name)[0]).put(adapter, Mirror(source, adapter, source_name))
@@ -216,11 +206,6 @@ class AdaptedLayer(AdapterHost):
         for setting in self.settings[adapter]:
             if setting in self.__dict__:
                 self.__dict__[setting][adapter] = source.__dict__[setting][adapter]
-
-    def _box(self, name: str) -> Box:
-        if name not in self._modules:
-            self._modules[name] = Box()  # not add_module, which would find the base layer's attributes taken
-        return cast(Box, self._modules[name])
 
     def forget(self, name: str) -> None:
         for tensor_name in self.specs.pop(name):
@@ -237,12 +222,6 @@ class AdaptedLayer(AdapterHost):
             box.drop(name)
         else:
             self.__dict__[attribute_name].pop(name, None)
-
-    def tensor(self, adapter: str, tensor_name: str) -> Tensor:
-        """One tensor of an adapter, by its name in memory."""
-        box, entry = split(tensor_name)
-        held = cast(Box, self._modules[box])[adapter]
-        return held if entry is None else held[entry]
 
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""

@@ -410,30 +410,6 @@ class Replace:
     """Whether the copies' name stands in the file's keys; the base model's own keys are used otherwise."""
 
 
-class Block:
-    """A call around a whole block, such as an attention layer. A subclass gives `params`, `init` and `call`."""
-
-    law: ClassVar[str] = "one"
-    unmergeable: ClassVar[str | None] = "it changes no weight"
-    exact_start: ClassVar[bool] = True
-
-    def choose(self, paths: list[str], config: PeftConfig) -> list[str]:
-        """Of the blocks that the targets match, in order, those to adapt."""
-        return paths
-
-    def params(self, block: nn.Module, config: PeftConfig) -> dict[str, Spec]:
-        """An adapter's tensors on a block. Raises `UnsupportedLayerError` for a block that is not known."""
-        raise NotImplementedError
-
-    def init(self, tensors: dict[str, Tensor]) -> None:
-        """Fill the tensors in place."""
-        raise NotImplementedError
-
-    def call(self, p: Mapping[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """The adapted block's output."""
-        raise NotImplementedError
-
-
 class Prompt(nn.Module):
     """What a prompt method puts before the input's embeddings. A subclass makes `embedding`, and may override the rest.
 

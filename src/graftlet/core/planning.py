@@ -23,10 +23,11 @@ from ..errors import (
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Embedding, Parameter, Site, site_of
 from . import ties
+from .around import Block
 from .host import AdapterHost, Shell, bare
 from .inject import Item, Plan, Saved
 from .layer import Branch
-from .method import Block, Method, Replace, View
+from .method import Method, Replace, View
 from .target import HEADS_OF, Place, by_pattern, matches, resolve, targets, walk
 
 
@@ -42,7 +43,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
     """
     entry = lookup(config.peft_type)
     made = Plan(model, config, entry, name, model if root is None else root)
-    if issubclass(entry.method, Method):
+    if issubclass(entry.method, (Method, Block)):
         entry.method().complete(config, model)
     found = _found(made) if _has_modules(config) else []
     together = config.ensure_weight_tying or (issubclass(entry.method, Method) and entry.method.follows_ties)
@@ -53,7 +54,7 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
         saved += ties.partners(model, saved)
     found = [p for p in found if not any(p.path == s.path or p.path.startswith(f"{s.path}.") for s in saved)]
     for place in found:
-        made.items += _items(place, config, entry)
+        made.items += _items(place, config, entry, model)
     for path in config.target_parameters or ():
         made.items += _parameter_items(model, path, config, entry)
     _deal(made)
@@ -84,7 +85,7 @@ def token_items(model: nn.Module, config: PeftConfig, saved: set[str]) -> list[I
         tokens = entry.config(token_indices=list(named[name]), target_modules=[place.path])
         follow = ties.partners(model, [place]) if isinstance(site_of(place.bare), Embedding) else []
         for p in [place, *(f for f in follow if f.path not in taken)]:
-            items += [replace(item, shell="token_adapter") for item in _items(p, tokens, entry)]
+            items += [replace(item, shell="token_adapter") for item in _items(p, tokens, entry, model)]
     return items
 
 
@@ -125,7 +126,7 @@ def _check_shells(items: list[Item]) -> None:
 def _found(made: Plan) -> list[Place]:
     model, config, entry = made.model, made.config, made.entry
     names = resolve(config, entry, model)
-    if not issubclass(entry.method, Block):
+    if not issubclass(entry.method, Block) or entry.method.boxed:
         made.targets = names
         return targets(model, config, names)
     if not isinstance(names, str):
@@ -148,12 +149,12 @@ def _has_modules(config: PeftConfig) -> bool:
     return not (names is not None and not names and (config.target_parameters or config.trainable_token_indices))
 
 
-def _items(place: Place, config: PeftConfig, entry: Entry) -> list[Item]:
+def _items(place: Place, config: PeftConfig, entry: Entry, model: nn.Module) -> list[Item]:
     if issubclass(entry.method, Replace):
         return [Item(place, None, None, entry.method)]
     if issubclass(entry.method, Block):
         block = entry.method()
-        block.params(place.bare, config)  # raises where the block is not known
+        block.params(place.bare, config, model)  # raises where the block is not known
         return [Item(place, None, None, block=block)]
     site = site_of(place.bare)
     if isinstance(site_of(place.parent), Attention):

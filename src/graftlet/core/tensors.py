@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,6 +73,31 @@ class Box(nn.Module):
         self._non_persistent_buffers_set.discard(name)
 
 
+class Boxes(nn.Module):
+    """A module that keeps tensors in boxes, one a tensor name, by adapter."""
+
+    def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
+        """Hold one tensor of an adapter in its box."""
+        box, entry = split(tensor_name)
+        if entry is None:
+            self._box(box).put(adapter, tensor, spec.persistent)
+            return
+        if adapter not in self._box(box):
+            self._box(box).put(adapter, Leaf())
+        self._box(box)[adapter].put(entry, tensor, spec.persistent)
+
+    def tensor(self, adapter: str, tensor_name: str) -> Tensor:
+        """One tensor of an adapter, by its name in memory."""
+        box, entry = split(tensor_name)
+        held = cast(Box, self._modules[box])[adapter]
+        return held if entry is None else held[entry]
+
+    def _box(self, name: str) -> Box:
+        if name not in self._modules:
+            self._modules[name] = Box()  # not add_module, which would find the base layer's attributes taken
+        return cast(Box, self._modules[name])
+
+
 class Common(Box):
     """A tensor that all layers of an adapter share, held once at the root of the model: `vera_A.default`.
 
@@ -117,6 +143,26 @@ class Common(Box):
         for tensor in self.tensors(adapter).values():
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(requires_grad)
+
+
+class Networks(Common):
+    """Modules of one name, one an adapter, beside the model: `shadow_backbone.default.norm.weight`.
+
+    In the file the adapter's level is always `default`.
+    """
+
+    def hold(self, adapter: str, network: nn.Module) -> None:
+        """Hold an adapter's module."""
+        self.put(adapter, network)
+        held = network.state_dict(keep_vars=True)
+        self.specs[adapter] = {f"{FIRST}{n}": Spec(tuple(t.shape)) for n, t in held.items()}
+
+    def tensor(self, adapter: str, entry: str) -> Tensor:
+        path, _, last = entry.removeprefix(FIRST).rpartition(".")
+        return getattr(cast(nn.Module, self[adapter]).get_submodule(path), last)
+
+
+FIRST = "default."
 
 
 class Groups(nn.Module):
@@ -206,6 +252,13 @@ class Mirror(Leaf):
             missing_keys.append(f"{prefix}weight")  # what is there, the other layer loads
 
 
+def networks_of(root: nn.Module, name: str) -> Networks:
+    """The box of networks of a name at the root of a model, made where there is none."""
+    if not isinstance(root._modules.get(name), Networks):
+        root.add_module(name, Networks())
+    return cast(Networks, root._modules[name])
+
+
 def share(source: Holder, layer: Holder, adapter: str, tensor_name: str) -> None:
     """Let a layer use the very tensor that another one holds."""
     tensor = source.tensor(adapter, tensor_name)
@@ -227,3 +280,9 @@ def attribute(name: str) -> str:
 def as_held(tensor: Tensor, spec: Spec) -> Tensor:
     """The tensor as what its spec says it is: a parameter, or a plain tensor for a buffer."""
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if spec.trainable else tensor
+
+
+def adapter_dtype(kept: Tensor, widen: bool) -> torch.dtype:
+    """What an adapter is kept in on a layer: the layer's own dtype, single precision where that is narrow or packed."""
+    dtype = kept.dtype if kept.is_floating_point() and kept.dtype.itemsize > 1 else torch.float32
+    return torch.float32 if widen and dtype.itemsize < 4 else dtype

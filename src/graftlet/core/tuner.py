@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
 from . import lifecycle, replication, ties
+from .around import surrounds
+from .block import BlockHost
 from .host import check_name, hosts
 from .inject import Plan
 from .layer import AdaptedLayer
@@ -41,7 +43,10 @@ class BaseTuner(nn.Module):
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
         self.reading: dict[str, AdaptedLayer] = {}  # a layer of each adapter that goes by tokens (`Method.reach`)
         self.rehearsing: dict[str, AdaptedLayer] = {}  # those that look at a call before it (`Method.rehearse`)
-        self.controls: dict[str, tuple[AdaptedLayer, str]] = {}  # functions of methods (`Method.controls`)
+        self.surrounding: dict[
+            str, BlockHost
+        ] = {}  # a block of each adapter with a say in the whole call (`Block.around`)
+        self.controls: dict[str, tuple[AdaptedLayer | BlockHost, str]] = {}  # functions of methods (`Method.controls`)
         self.penalised: list[str] = []  # adapters whose methods have a `penalty`
         self._allocators: dict[str, Allocator | None] = {}
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -56,15 +61,24 @@ class BaseTuner(nn.Module):
                 raise
             if name in (controls := self.__dict__.get("controls", {})):
                 layer, adapter = controls[name]
+                if isinstance(layer, BlockHost):
+                    held = layer.view(next((n for n in layer.active_adapters if n in layer.adapters), adapter))
+                    return functools.partial(getattr(layer.method, name), held, self.model)
                 return functools.partial(getattr(layer.methods[adapter], name), layer.view(adapter))
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self.model(*args, **kwargs)
+        outputs = self._call(args, kwargs)
         if self.training and self.penalised and isinstance(getattr(outputs, "loss", None), Tensor):
             for penalty in self.penalties():
                 outputs.loss = outputs.loss + penalty.to(outputs.loss)
         return outputs
+
+    def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        for name, block in self.surrounding.items():
+            if name in block.acting():
+                return block.method.around(block.view(name), self.model, args, kwargs)
+        return self.model(*args, **kwargs)
 
     def penalties(self) -> list[Tensor]:
         """What the active adapters add to the loss: their distance from what their methods assume of them."""
@@ -145,6 +159,10 @@ class BaseTuner(nn.Module):
             self.reading[name] = reading[0]
         if rehearsing := [h for h in layers if type(h.methods[name]).rehearse is not Method.rehearse]:
             self.rehearsing[name] = rehearsing[0]
+        blocks = [i.host for i in made.items if isinstance(i.host, BlockHost)]
+        if blocks and surrounds(type(blocks[0].method)):
+            self.surrounding[name] = blocks[0]
+        self.controls.update({c: (blocks[0], name) for h in blocks[:1] for c in h.method.controls})
         self.controls.update({c: (h, name) for h in reversed(layers) for c in h.methods[name].controls})
 
     def settle(self) -> None:
@@ -195,6 +213,7 @@ class BaseTuner(nn.Module):
         self._allocators.pop(name, None)
         self.reading.pop(name, None)
         self.rehearsing.pop(name, None)
+        self.surrounding.pop(name, None)
         self.controls = {c: held for c, held in self.controls.items() if held[1] != name}
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.method import Block, Spec
+from ..core.around import Block, Held
+from ..core.method import Spec
 from ..errors import ConfigError, UnsupportedLayerError
 from ..registry import method
 
@@ -59,7 +59,7 @@ class AdaptionPrompt(Block):
             )
         return paths[-count:]
 
-    def params(self, block: nn.Module, config: PeftConfig) -> dict[str, Spec]:
+    def params(self, block: nn.Module, config: PeftConfig, model: nn.Module) -> dict[str, Spec]:
         assert isinstance(config, AdaptionPromptConfig)
         names = SEPARATE if _has(block, SEPARATE) else PACKED
         if not _has(block, names) or _has(block, ("q_norm",)):
@@ -71,11 +71,11 @@ class AdaptionPrompt(Block):
         hidden = known.o_proj.weight.shape[0] if names is SEPARATE else known.c_proj.nf
         return {"adaption_prompt": Spec((1, config.adapter_len or 0, hidden)), "adaption_gate": Spec((1,))}
 
-    def init(self, tensors: dict[str, Tensor]) -> None:
+    def init(self, tensors: dict[str, Tensor], config: PeftConfig) -> None:
         tensors["adaption_prompt"].normal_()
         tensors["adaption_gate"].zero_()
 
-    def call(self, p: Mapping[str, Tensor], block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, p: Held, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         output, *rest = block(*args, **kwargs)
         given = inspect.signature(block.forward).bind(*args, **kwargs).arguments
         x = given["hidden_states"]

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..core import lifecycle
+from ..core.around import surrounds
 from ..core.target import walk
 from ..core.tuner import BaseTuner
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
+from ..registry import lookup
 from .origin import base_name
 from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -72,6 +74,8 @@ def inject_adapter_in_model(
     """
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} acts on a model's inputs, not in its layers; use get_peft_model.")
+    if surrounds(lookup(peft_config.peft_type).method):
+        raise ConfigError(f"{peft_config.peft_type} goes around a model's whole call as well; use get_peft_model.")
     if state_dict is not None:
         _target_keys(peft_config, model, state_dict)
     tuner = BaseTuner(model, {})

@@ -36,6 +36,8 @@ def call(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A call of the adapted model."""
     readers, rehearsers = _readers(tuner), _serving(tuner.rehearsing)
     if not readers and not rehearsers:
+        if tuner.training and tuner.surrounding:
+            carry_context(tuner)
         return tuner(*args, **kwargs)
     first = _find(tuner, readers, args, kwargs, _before(args, kwargs))
     for name, known in _kept(_cache(kwargs)).items():
@@ -51,6 +53,7 @@ def generate(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
     model: Any = tuner.model
     readers, rehearsers = _readers(tuner), _serving(tuner.rehearsing)
     if not readers and not rehearsers:
+        model = stand_in(model, lambda *a, **k: call(tuner, a, k)) if tuner.surrounding else model
         return model.generate(*args, **kwargs)
     first = _find(tuner, readers, args, kwargs, 0)
     if rehearsers:
