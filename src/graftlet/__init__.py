@@ -61,6 +61,7 @@ _HOMES = {
     "methods.prompts.cpt": "CPTConfig CPTEmbedding",
     "methods.prompts.cartridge": "CartridgeConfig CartridgeEncoder",
     "methods.adaption_prompt": "AdaptionPromptConfig",
+    "methods.shadow": "ShadowConfig",
     "model.tasks": "PeftModel PeftModelForCausalLM PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
     "PeftModelForTokenClassification PeftModelForQuestionAnswering PeftModelForFeatureExtraction "
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

@@ -18,18 +18,23 @@ class Held:
     """One adapter on one block.
 
     tensors: by their names. number: the block's place among those of the adapter. training: the block is in training mode.
-    networks: what its adapters have beside the model (`Block.networks`), by name and adapter.
+    configs: of all adapters of the block. networks: what they have beside the model (`Block.networks`), by name and adapter.
     """
 
-    config: PeftConfig
     adapter: str
     tensors: Mapping[str, Tensor]
+    configs: Mapping[str, Any]
     number: int = 0
     training: bool = False
     networks: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    @property
+    def config(self) -> Any:
+        """The adapter's config."""
+        return self.configs[self.adapter]
 
     def network(self, name: str) -> nn.Module | None:
         """The adapter's network of this name; None where it has none."""

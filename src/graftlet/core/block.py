@@ -65,7 +65,7 @@ class BlockHost(AdapterHost):
     def view(self, name: str) -> Held:
         """What an adapter holds here."""
         tensors = {n: self.tensor(name, n) for n in self.specs[name]}
-        return Held(self.configs[name], name, tensors, self.numbers[name], self.training, self.networks)
+        return Held(name, tensors, self.configs, self.numbers[name], self.training, self.networks)
 
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
         """Hold one tensor of an adapter."""
@@ -118,7 +118,7 @@ class BlockHost(AdapterHost):
         """Nothing is ever merged into a block."""
 
 
-class BoxedBlock(BlockHost, Boxes):
+class BoxedBlock(Boxes, BlockHost):
     """A block whose adapters stand in boxes, as those of layers do: `shadow_up["default"]`."""
 
     def forget(self, name: str) -> None:
