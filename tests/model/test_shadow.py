@@ -82,7 +82,7 @@ def test_gpt2_gives_what_the_reference_gives() -> None:
     theirs, mine = both(gpt2())
     assert {k: v.shape for k, v in mine.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     torch.testing.assert_close(logits(mine), logits(theirs))
-    assert greedy(mine) == greedy(theirs)
+    assert greedy(mine) == greedy(theirs, use_cache=False)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
@@ -135,12 +135,8 @@ def test_the_decoders_own_loss_is_for_training_alone() -> None:
 @pytest.mark.parametrize("values", [{}, {"shadow_hidden_size": 4}, {"share_embeddings": False}], ids=str)
 def test_generation_is_the_references_with_a_cache_and_without(values: dict[str, Any]) -> None:
     theirs, mine = both(llama(), moved=1.0, **values)
-    expected = greedy(theirs)
+    expected = greedy(theirs, use_cache=False)  # with one it loses the second cache where that is called `cache`
     assert greedy(mine) == expected == greedy(mine, use_cache=False)
-    ids = IDS
-    for _ in range(6):
-        ids = torch.cat([ids, mine(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-    assert ids.tolist() == expected
     beams = {"num_beams": 3, "num_return_sequences": 2}
     assert greedy(mine, **beams) == greedy(mine, use_cache=False, **beams)
 

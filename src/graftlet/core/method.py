@@ -489,3 +489,6 @@ ROWS = "prompt_embeddings"
 
 IGNORED = -100
 """The label that no loss looks at."""
+
+CACHES = ("cache", "past_key_values")
+"""What the models of transformers call their cache; 5.x renames it."""

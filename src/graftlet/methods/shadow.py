@@ -22,11 +22,11 @@ from ..config import Excludes, Layers, PeftConfig, Saves, Targets, TaskType
 from ..core.around import Block, Held
 from ..core.context import Call, current, using
 from ..core.host import bare, check_known
-from ..core.method import IGNORED, Spec
+from ..core.method import CACHES, IGNORED, Spec
 from ..core.target import HEADS
 from ..errors import CallError, UnsupportedLayerError, UnsupportedOptionError
 from ..registry import method
-from .parts.mirror import block_paths, decoder_of, mirror, standalone, takes_embeddings, width_of
+from .parts.mirror import block_paths, decoder_of, mirror, standalone, takes, width_of
 from .parts.paired import follower, pair
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection", "shadow_head"
@@ -150,7 +150,7 @@ class Shadow(Block):
         first, cache = started(p, model, kwargs.get("input_ids", args[0] if args else None), kwargs)
         with using(replace(held, trail={(p.adapter, 0): first})):
             outputs = model(*args, **kwargs)
-        own = getattr(outputs, "past_key_values", None)
+        own = cache_in({name: getattr(outputs, name, None) for name in CACHES})
         if cache is not None and own is not None:
             pair(own, p.adapter, cache)
         loss = None if getattr(outputs, "loss", None) is None else own_loss(p, model, first, kwargs)
@@ -182,7 +182,7 @@ class Shadow(Block):
 def shares(config: ShadowConfig, backbone: nn.Module, model: nn.Module) -> bool:
     """Whether the small decoder reads the base's embeddings."""
     same = config.shadow_hidden_size in (None, width_of(getattr(model, "config", None)))
-    return config.share_embeddings and same and takes_embeddings(backbone)
+    return config.share_embeddings and same and takes(backbone, ("inputs_embeds",)) is not None
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -198,7 +198,7 @@ def started(p: Held, model: Any, ids: Tensor | None, given: Mapping[str, Any]) -
     """The first state `[rows, tokens, width]`, and the small decoder's cache."""
     backbone, projection = p.network(BACKBONE), p.network(PROJECTION)
     assert backbone is not None
-    cache, embeds, use = (given.get(name) for name in ("past_key_values", "inputs_embeds", "use_cache"))
+    cache, embeds, use = cache_in(given), given.get("inputs_embeds"), given.get("use_cache")
     past = follower(cache, p.adapter)
     if past is None and cache is not None and cache.get_seq_length():
         raise CallError(f"the cache comes from calls without adapter {p.adapter!r}; begin a new one with it.")
@@ -208,10 +208,18 @@ def started(p: Held, model: Any, ids: Tensor | None, given: Mapping[str, Any]) -
         embeds = model.get_input_embeddings()(ids)
     options = {n: given[n] for n in ("attention_mask", "position_ids") if given.get(n) is not None}
     options["use_cache"] = bool(getattr(model.config, "use_cache", False) if use is None else use)
+    if (name := takes(backbone, CACHES)) is not None:
+        options[name] = past
     source = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
-    out = backbone(**source, **options, past_key_values=past, return_dict=True)
+    out = backbone(**source, **options, return_dict=True)
     state = out.last_hidden_state
-    return state if projection is None else projection(state), getattr(out, "past_key_values", None)
+    made = cache_in({name: getattr(out, name, None) for name in CACHES})
+    return state if projection is None else projection(state), made
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, or outputs; None where there is none."""
+    return next((found for name in CACHES if (found := given.get(name)) is not None), None)
 
 
 def injected(p: Held, h: Tensor, s: Tensor) -> Tensor:

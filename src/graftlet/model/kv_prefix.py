@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PromptLearningConfig
 from ..core.host import check_known
-from ..core.method import ROWS, Cache
+from ..core.method import CACHES, ROWS, Cache
 from ..errors import CallError, ConfigError, listing
 from ..registry import lookup
-from . import prefix, prompted, save
+from . import prefix, save
 
 Kept = list[tuple[Tensor, Tensor] | None]
 """Each layer's keys and values `[1, heads, tokens, size]`; None for one that keeps none."""
@@ -124,7 +124,7 @@ def initialize_kv_prefix_from_text(
     base = model.get_base_model()
     with model.disable_adapter(), evaluating(base):
         output = base(input_ids=given, use_cache=True)
-    cache = next(output[name] for name in prompted.CACHES if name in output)
+    cache = next(output[name] for name in CACHES if name in output)
     return initialize_kv_prefix_from_past_key_values(model, adapter_name=name, past_key_values=cache)
 
 

@@ -16,13 +16,10 @@ from torch import Tensor, nn
 
 from ..config import TaskType
 from ..core.context import current
-from ..core.method import IGNORED, Cache
+from ..core.method import CACHES, IGNORED, Cache
 from ..errors import CallError
 from . import prefix
 from .lead import Lead, acting, active_lead, lead_of, own_of
-
-CACHES = ("cache", "past_key_values")
-"""What the models of transformers call their cache; 5.x renames it."""
 
 
 def call(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig, PromptLearningConfig, TaskType
 from ..core import lifecycle, state
 from ..core.host import hosts
-from ..core.method import Cache, Prompt
+from ..core.method import CACHES, Cache, Prompt
 from ..core.planning import plan_saved
 from ..core.tensors import Box
 from ..errors import AdapterFileError, ConfigError
@@ -70,7 +70,7 @@ def fill(config: PromptLearningConfig, base: Any, words: Any, cached: bool) -> N
     """Fill in the sizes that a config leaves open, from the model's own config."""
     if config.num_virtual_tokens is None or config.num_virtual_tokens < 1:
         raise ConfigError(f"num_virtual_tokens={config.num_virtual_tokens!r}; a positive number is needed.")
-    if cached and not set(prompted.CACHES) & set(prompted.parameters(base)):
+    if cached and not set(CACHES) & set(prompted.parameters(base)):
         raise ConfigError(f"{type(base).__name__} has no key-value cache, which a prefix needs; use prompt tuning.")
     if cached:
         prefix.check_kind(base)

@@ -18,11 +18,11 @@ from torch import Tensor
 from ..core.context import Call, current, reaches, using
 from ..core.layer import AdaptedLayer
 from ..core.lifecycle import disabled
+from ..core.method import CACHES
 from ..core.tuner import BaseTuner
 from ..errors import CallError, CallWarning, warn
 from .generation import stand_in
 from .parts import carry_context
-from .prompted import CACHES
 
 First = dict[str, Tensor]
 """By adapter: each row's first token that it acts on, `[rows]`."""

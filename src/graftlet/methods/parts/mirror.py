@@ -86,9 +86,10 @@ def _set(config: Any, names: tuple[str, ...], value: int) -> None:
     setattr(config, name, value)
 
 
-def takes_embeddings(decoder: nn.Module) -> bool:
-    """Whether a decoder runs on embeddings in place of ids."""
-    return "inputs_embeds" in inspect.signature(decoder.forward).parameters
+def takes(decoder: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of these arguments that a decoder has; None where it has none of them."""
+    known = inspect.signature(decoder.forward).parameters
+    return next((name for name in names if name in known), None)
 
 
 def standalone(model: nn.Module, decoder: nn.Module, heads: dict[str, nn.Module], embeddings: bool) -> nn.Module:
