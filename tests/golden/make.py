@@ -114,6 +114,8 @@ CASES = {
         opt_loss_decay_factor=0.5, **TASK,
     ),
     "cartridge": peft.CartridgeConfig(num_virtual_tokens=3, **TASK),
+    "shadow": peft.ShadowConfig(r=2, **TASK),
+    "shadow-narrow": peft.ShadowConfig(r=2, shadow_hidden_size=8, update_hidden_size=3, **TASK),
     "adaption-prompt": peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, **TASK),
 }  # fmt: skip
 CALLS = {name: {"task_ids": torch.tensor([2, 0])} for name in ("poly", "multitask-prompt")}

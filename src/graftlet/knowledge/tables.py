@@ -54,7 +54,7 @@ def row(entry: Entry) -> Row:
 
 
 def _where(family: str) -> str:
-    return {"Replace": "any module", "Block": "attention blocks"}.get(family, "the model's input")
+    return {"Replace": "any module", "Block": "whole blocks"}.get(family, "the model's input")
 
 
 def methods_markdown() -> str:
