@@ -20,7 +20,22 @@ from graftlet.errors import (
     UnsupportedLayerError,
     UnsupportedOptionError,
 )
-from tests.model.models import IDS, SIZES, adapted, facts, gpt2, learning, llama, load, logits, move, same, save, silent
+from tests.model.models import (
+    IDS,
+    SIZES,
+    adapted,
+    facts,
+    gpt2,
+    learning,
+    llama,
+    load,
+    logits,
+    lora,
+    move,
+    same,
+    save,
+    silent,
+)
 from tests.model.models import t5 as encoder_decoder
 
 TASK = {"task_type": "CAUSAL_LM"}
@@ -304,6 +319,36 @@ def test_models_that_cannot_be_adapted_are_left_as_they_are(base: Any, values: d
     with pytest.raises(kind):
         graftlet.get_peft_model(model, config(**values))
     assert same(before, model)
+
+
+def test_blocks_need_not_follow_each_other() -> None:
+    apart, alone = made(target_modules=["layers.0", "layers.2"]), made(target_modules=["layers.0"])
+    assert not torch.allclose(logits(apart), logits(alone), atol=1e-3)
+    assert greedy(apart) == greedy(apart, use_cache=False)
+
+
+def test_adapters_inside_the_blocks_have_the_keys_they_have_alone(tmp_path: Any) -> None:
+    model = made(modules_to_save=["mlp.up_proj"])
+    model.add_adapter("inside", lora())
+    expected = logits(model)
+    model.set_adapter("inside")
+    move(model, 0.5)
+    inside = logits(model)
+    save(model, tmp_path)
+    torch.testing.assert_close(logits(load(llama(), tmp_path / "inside")), inside)
+    torch.testing.assert_close(logits(load(llama(), tmp_path)), expected)
+
+
+def test_two_classifiers_have_heads_of_their_own() -> None:
+    model = made(classifier(), task_type="SEQ_CLS")
+    model.add_adapter("other", config(task_type="SEQ_CLS"))
+    labels = torch.tensor([2, 0])
+    losses = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        losses.append(model(input_ids=IDS, labels=labels).shadow_loss)
+        assert f"base_model.shadow_head.{name}.weight" in learning(model)
+    assert not torch.equal(*losses)
 
 
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Any) -> None:

@@ -23,6 +23,7 @@ class BlockHost(AdapterHost):
     """Stands in for a block, which it holds under `inner`."""
 
     inner = "base_layer"
+    transparent = True
 
     def __init__(self, block: nn.Module, method: Block) -> None:
         super().__init__()

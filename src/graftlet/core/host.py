@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -15,7 +15,12 @@ from .tensors import Box, Common
 
 
 class AdapterHost(Weighted):
-    """A module that stands in for another and carries adapters: which are there, which are active, which are merged."""
+    """A module that stands in for another and carries adapters: which are there, which are active, which are merged.
+
+    transparent: what is inside the module stood in for has the keys that it has without the wrapper.
+    """
+
+    transparent: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +209,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield path, module
         children = [(n, m) for n, m in module._modules.items() if m is not None and type(m) is not Box]
-        stack += [(below(path, n), m) for n, m in reversed(children)]
+        within = module.base if isinstance(module, AdapterHost) and module.transparent else None
+        stack += [(path if m is within else below(path, n), m) for n, m in reversed(children)]
 
 
 def below(path: str, child: str) -> str:
