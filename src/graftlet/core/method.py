@@ -56,7 +56,7 @@ class View:
     """One adapter's tensors and settings on one layer.
 
     dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
-    shared: the names of what all layers of the adapter share.
+    shared: the names of what all layers of the adapter share. casts: inputs are brought to `dtype`.
     """
 
     config: PeftConfig
@@ -65,6 +65,7 @@ class View:
     key: str
     training: bool = False
     shared: tuple[str, ...] = ()
+    casts: bool = True
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -74,7 +75,7 @@ class View:
 
     def cast(self, x: Tensor) -> Tensor:
         """`x` in the adapter's dtype; look-up indices, and anything under autocast, as they are."""
-        if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        if not self.casts or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.dtype)
 
