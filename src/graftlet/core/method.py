@@ -183,6 +183,9 @@ class Method:
         if others and self.law == "one":
             raise ConfigError(f"{type(self).__name__} on {p.key!r} cannot act beside other adapters; activate one.")
 
+    def meet(self, config: PeftConfig, other: PeftConfig) -> None:
+        """Raise where an adapter cannot stand on the same model as another one, whichever came first."""
+
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         """The shape of a tensor that serves a stack of experts."""
         return (experts, *spec.shape)

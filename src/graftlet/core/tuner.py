@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
+from ..registry import lookup
 from . import lifecycle, replication, ties
 from .host import check_name, hosts
 from .inject import Plan
@@ -63,8 +64,10 @@ class BaseTuner(nn.Module):
         found = []
         for name in self.penalised:
             layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
-            penalty = layers[0].methods[name].penalty([h.view(name) for h in layers]) if layers else None
-            found += [] if penalty is None else [penalty]
+            for kind in dict.fromkeys(type(h.methods[name]) for h in layers):
+                own = [h for h in layers if type(h.methods[name]) is kind]
+                penalty = own[0].methods[name].penalty([h.view(name) for h in own])
+                found += [] if penalty is None else [penalty]
         return found
 
     def inject(
@@ -89,6 +92,7 @@ class BaseTuner(nn.Module):
             raise ConfigError(
                 f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
             )
+        self._meet(config)
         adapted, active = bool(lifecycle.adapters_of(self.model)), self.active_adapters or [name]
         before = Before(self.model)
         try:
@@ -98,7 +102,7 @@ class BaseTuner(nn.Module):
             before.restore()
             raise
         self.peft_config[name] = config
-        self._note(name, made.entry.method)
+        self._note(name, made)
         if made.targets is not None and "target_modules" in config.__dataclass_fields__:
             config.target_modules = made.targets  # as every reader of the file will want it: written out
         if not adapted:
@@ -112,10 +116,19 @@ class BaseTuner(nn.Module):
             self.pending = (made, before)
         return made
 
-    def _note(self, name: str, method: type) -> None:
-        if issubclass(method, Method):
-            self.carried = tuple(dict.fromkeys([*self.carried, *method.carries]))
-            self.penalised += [name] if method.penalty is not Method.penalty else []
+    def _note(self, name: str, made: Plan) -> None:
+        """What an adapter's methods, variants included, ask of a call and add to its loss."""
+        kinds = {type(item.branch.method) for item in made.items if item.branch is not None}
+        self.carried = tuple(dict.fromkeys([*self.carried, *(c for kind in kinds for c in kind.carries)]))
+        self.penalised += [name] if any(kind.penalty is not Method.penalty for kind in kinds) else []
+
+    def _meet(self, config: PeftConfig) -> None:
+        """Raise where an adapter cannot stand beside those that are here."""
+        for held in self.peft_config.values():
+            for one, other in ((config, held), (held, config)):
+                method = lookup(one.peft_type).method
+                if issubclass(method, Method):
+                    method().meet(one, other)
 
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""
