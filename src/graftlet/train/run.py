@@ -31,7 +31,7 @@ from .recipe import Recipe
 from .report import write_report
 from .score import Score, Scorer
 from .sources import model_folder
-from .trainer import WEIGHTS, AdapterTrainer, training_arguments
+from .trainer import WEIGHTS, AdapterTrainer, optimizer_maker, training_arguments
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class _Run:
             train_dataset=data.train,
             eval_dataset=data.validation,
             callbacks=[*own, *callbacks],
+            make_optimizer=optimizer_maker(self.recipe),
         )
         trainer.remove_callback(PrinterCallback)
         if table.packing:
