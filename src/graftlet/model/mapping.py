@@ -12,7 +12,8 @@ from ..core import lifecycle
 from ..core.target import walk
 from ..core.tuner import BaseTuner
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
-from .peft_model import PeftModel, base_name
+from .parts import base_name
+from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
 

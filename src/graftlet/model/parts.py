@@ -49,3 +49,9 @@ def transformers_config(model: nn.Module) -> dict[str, object]:
     if isinstance(config, dict):
         return config
     return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where a transformers model came from."""
+    name = getattr(model, "name_or_path", None) or transformers_config(model).get("_name_or_path")
+    return str(name) if name else None

@@ -21,7 +21,6 @@ from .. import __version__
 from ..errors import ConfigError, TrainingInterrupted
 from ..files import write_atomically
 from ..model.auto import AutoPeftModelForCausalLM
-from ..model.mapping import get_peft_model
 from ..model.peft_model import PeftModel
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation
@@ -31,6 +30,7 @@ from .recipe import Recipe
 from .report import write_report
 from .score import Score, Scorer
 from .sources import model_folder
+from .starts import Batches, adapted, initial_of
 from .trainer import WEIGHTS, AdapterTrainer, optimizer_maker, training_arguments
 
 
@@ -97,7 +97,10 @@ class _Run:
         with self.stage("model"):
             base = load_base(folder, self.recipe.model)
             set_seed(self.recipe.seed)
-            model: Any = get_peft_model(base, config)
+            output = Path(self.recipe.output)
+            batches = Batches(data.train, self.collate, self.recipe.training.batch_size, base.device)
+            model: Any = adapted(base, config, batches, output)
+            self.initial = initial_of(config, output)
         trainer = self._trainer(model, data, device, callbacks)
         facts = self._model_facts(model, folder, threads)
         self._tell_model(facts)
@@ -181,7 +184,7 @@ class _Run:
 
     def _after(self, model: Any, trainer: Any, data: Prepared) -> list[str]:
         with self.stage("save"):
-            model.save_pretrained(self.recipe.output)
+            model.save_pretrained(self.recipe.output, path_initial_model_for_weight_conversion=self.initial)
             data.encoder.tokenizer.save_pretrained(self.recipe.output)
         with self.stage("measure after"):
             self.measure("after training", model, self._loss(trainer))

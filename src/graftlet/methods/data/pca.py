@@ -7,6 +7,8 @@ Of n rows so far: mean m, singular values S, directions V. A batch X of b rows w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -52,6 +54,16 @@ class Directions:
         self.count += b
         _, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
         self.S, self.V = S[: self.k], _signed(Vh[: self.k])
+
+    def state(self) -> dict[str, Any]:
+        """All that has been found, for `restore`."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("k", "tau")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        if "V" in state and len(state["V"]) != self.k:
+            return  # found for another rank
+        self.__dict__.update(state)
 
     @property
     def shares(self) -> Tensor:
