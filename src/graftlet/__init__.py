@@ -17,6 +17,13 @@ _HOMES = {
     "registry": "method",
     "core.context": "Call using",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
+    "methods.init.eva": "EvaConfig get_eva_state_dict initialize_lora_eva_weights",
+    "methods.init.loftq": "LoftQConfig",
+    "methods.init.lora_ga": "LoraGAConfig preprocess_loraga",
+    "methods.variants.bdlora": "BdLoraConfig",
+    "methods.variants.kasa": "KasaConfig",
+    "methods.variants.monteclora": "MontecloraConfig",
+    "methods.variants.velora": "VeloraConfig",
     "methods.oft": "OFTConfig",
     "methods.hra": "HRAConfig",
     "methods.ia3": "IA3Config",
@@ -65,6 +72,9 @@ _HOMES = {
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
+    "model.kappa": "find_kappa_target_modules",
+    "model.loftq": "replace_lora_weights_loftq",
+    "serve.convert": "convert_to_lora save_as_lora",
 }
 _home = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -144,6 +144,16 @@ def test_eva_takes_any_data_shows_it_and_goes_on_where_it_was(tmp_path: Path, ca
         torch.testing.assert_close(restored[key], tensor)
 
 
+def test_evas_ranks_come_before_the_patterns_that_were_given() -> None:
+    model = graftlet.get_peft_model(llama(), eva_config(rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 5}))
+    found = lora.get_eva_state_dict(model, LEARN, show_progress_bar=False)
+    lora.initialize_lora_eva_weights(model, eva_state_dict=found)
+    again = graftlet.get_peft_model(llama(), copy.deepcopy(model.peft_config["default"]))
+    ranks = [{k: len(t) for k, t in m.state_dict().items() if "lora_A" in k} for m in (model, again)]
+    assert ranks[0] == ranks[1]
+    assert len(set(ranks[0].values())) > 1
+
+
 # LoRA-GA, CorDA
 
 

@@ -70,11 +70,6 @@ class Directions:
         """The share of the rows' whole variance that each direction explains."""
         return self.S**2 / self.spread.sum()
 
-    @property
-    def deviations(self) -> Tensor:
-        """The rows' standard deviation along each direction."""
-        return self.S / (self.count - 1) ** 0.5
-
 
 def _signed(V: Tensor) -> Tensor:
     """Each direction with its largest entry positive, so that the same rows give the same directions."""

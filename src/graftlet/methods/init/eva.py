@@ -38,7 +38,7 @@ class EvaConfig:
         rho: a layer's rank may become up to rho times `r`; 1 keeps all ranks as they are.
         tau: a layer's directions are found when a batch turns none by more than the angle of this cosine.
         use_label_mask, label_mask_value: leave tokens out whose label is this value.
-        whiten: divide each direction by the inputs' standard deviation along it.
+        whiten: divide each direction by the root of its singular value.
         adjust_scaling_factors: change alpha along with a layer's rank, so that alpha / r stays.
     """
 
@@ -204,7 +204,7 @@ def _shared_out(config: Any, options: EvaConfig, found: Mapping[str, Directions]
     shares = [(float(s), -i, path) for path, d in found.items() for i, s in enumerate(d.shares)]
     chosen = [path for _, _, path in sorted(shares, reverse=True, key=lambda s: s[:2])[:budget]]
     ranks = {path: chosen.count(path) for path in found}
-    scaled = {k: d.V / d.deviations[:, None] if options.whiten else d.V for k, d in found.items()}
+    scaled = {k: d.V / d.S.sqrt()[:, None] if options.whiten else d.V for k, d in found.items()}
     return {path: V[: ranks[path]].contiguous() for path, V in scaled.items()}
 
 
@@ -250,10 +250,15 @@ def _apply(layer: AdaptedLayer, name: str, A: Tensor) -> None:
     key, rank = layer.keys[name], len(A)
     was, alpha = rank_of(config, key), by_pattern(config.alpha_pattern, key, config.lora_alpha)
     if rank != was:
-        config.rank_pattern = {**(config.rank_pattern or {}), key: rank}
+        config.rank_pattern = _first(config.rank_pattern, key, rank)
         if rank and (config.eva_config or EvaConfig()).adjust_scaling_factors:
-            config.alpha_pattern = {**(config.alpha_pattern or {}), key: alpha * rank / was}
+            config.alpha_pattern = _first(config.alpha_pattern, key, alpha * rank / was)
         remake(layer, name)
     p = layer.view(name)
     p.lora_A.copy_(A)
     p.lora_B.zero_()
+
+
+def _first(patterns: Mapping[str, Any] | None, key: str, value: Any) -> dict[str, Any]:
+    """The patterns with a layer's own entry before all others: the first that matches counts."""
+    return {key: value, **{k: v for k, v in (patterns or {}).items() if k != key}}

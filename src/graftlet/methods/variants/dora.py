@@ -24,7 +24,7 @@ class DoRA(Wrapper, Rewrite):
     """The wrapper of any `Delta`."""
 
     law = "chain"
-    excludes = ("lora_bias",)
+    excludes = ("lora_bias", "alora_invocation_tokens", "arrow_config")
 
     def params(self, site: Site, p: View) -> dict[str, Spec]:
         shape = (1, site.features_out, *[1] * len(site.kernel)) if isinstance(site, Conv) else (site.features_out,)
