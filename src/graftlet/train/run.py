@@ -98,9 +98,9 @@ class _Run:
             base = load_base(folder, self.recipe.model)
             set_seed(self.recipe.seed)
             ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
-            self.collate = Collator(data.encoder.tokenizer.pad_token_id, ends)
-            output = Path(self.recipe.output)
-            batches = Batches(data.train, self.collate, self.recipe.training.batch_size, base.device)
+            pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
+            self.collate = Collator(pad, ends)
+            batches = Batches(data.train, Collator(pad), self.recipe.training.batch_size, base.device)
             model: Any = adapted(base, config, batches, output)
             self.initial = initial_of(config, output)
         trainer = self._trainer(model, data, device, callbacks)

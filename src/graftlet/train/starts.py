@@ -27,10 +27,10 @@ class Batches:
     def __init__(self, rows: Rows, collate: Collator, size: int, device: Any) -> None:
         self.rows, self.collate, self.size, self.device = rows, collate, size, device
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for i in range(0, min(len(self.rows), BATCHES * self.size), self.size):
             batch = self.collate([self.rows[j] for j in range(i, min(i + self.size, len(self.rows)))])
-            yield {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 def start_of(config: PeftConfig) -> Start | None:
