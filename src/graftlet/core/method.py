@@ -11,7 +11,7 @@ Methods keep no state: everything of one adapter on one layer is in the view `p`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
+from .algebra import Algebra, solved
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -112,7 +113,7 @@ class Stage(Protocol):
     def origin(self) -> Weights: ...
 
 
-class Method:
+class Method(Algebra):
     """Base of all methods that act on a layer.
 
     law: several active adapters add up (`sum`: each delta taken at the original weight), each sees what the one before
@@ -267,6 +268,15 @@ class Delta(Method):
         W = p.site.fit(W, dW) + dW
         return W, b if db is None else (db if b is None else b + db)
 
+    def change(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        return self.apply(p, torch.zeros_like(W), None)[0], self.delta_bias(p)
+
+    def change_bias(self, p: View, weights: Callable[[], Weights]) -> Tensor | None:
+        return self.delta_bias(p)
+
+    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+        return W - self.apply(p, torch.zeros_like(W), None)[0]
+
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return before(x) + self.update(p, self.drop(p, p.cast(x)))
 
@@ -283,6 +293,12 @@ class InputMap(Method):
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         return p.site.on_rows(lambda rows: self.map(p, rows, transpose=not p.site.maps_output), W), b
+
+    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+        if p.site.stack:
+            return super().inverse(p, W, b)
+        matrix = self.map(p, torch.eye(p.site.basis, dtype=W.dtype, device=W.device), not p.site.maps_output)
+        return p.site.on_rows(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         y = p.site.mapped(lambda v: self.map(p, p.cast(v)).to(v.dtype), x, before)
@@ -302,6 +318,12 @@ class OutputMap(Method):
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         site = p.site
         return site.on_out(lambda v: self.map(p, v), W), None if b is None else self.map(p, b)
+
+    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+        if p.site.stack:
+            return super().inverse(p, W, b)
+        matrix = self.map(p, torch.eye(p.site.features_out, dtype=W.dtype, device=W.device))
+        return p.site.on_out(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return p.site.on_channels(lambda y: self.map(p, p.cast(y)), before(x))

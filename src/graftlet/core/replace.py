@@ -45,6 +45,11 @@ class Replacement(AdapterHost):
         return cast(nn.Module, self._modules[self.names[0]])
 
     @property
+    def pristine(self) -> nn.Module:
+        """The original, also while a copy is merged."""
+        return self._frozen[0] if self._frozen else self.base
+
+    @property
     def copies(self) -> Box:
         """The copies by adapter."""
         return cast(Box, self._modules[self.names[1]])
@@ -105,7 +110,7 @@ class Replacement(AdapterHost):
         if call is not None and call.rows is not None and not self._disabled:
             return self._mixed(call.rows, args, kwargs)
         names = self.acting()
-        base = self._frozen[0] if self._disabled and self._frozen else self.base
+        base = self.pristine if self._disabled else self.base
         return (self.copies[names[-1]] if names else base)(*args, **kwargs)
 
     def _mixed(self, rows: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
@@ -117,7 +122,7 @@ class Replacement(AdapterHost):
             raise CallError(
                 f"adapter_names has {len(rows)} rows, which cannot be told apart in {type(self.base).__name__}."
             )
-        parts, base = [], self._frozen[0] if self._frozen else self.base
+        parts, base = [], self.pristine
         for name, index in groups:
             module = self.copies[name] if name in self.copies else base  # noqa: SIM401  a Box is no dict
             parts.append(module(*[a.index_select(0, index) if _batched(a, count) else a for a in args], **kwargs))

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
+from . import combine as combining
 from . import lifecycle, replication, ties
-from .host import check_name, hosts
+from .combine import Fit
+from .host import check_known, check_name, hosts
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Method
@@ -162,6 +164,47 @@ class BaseTuner(nn.Module):
     def _forget(self, name: str) -> None:
         self.peft_config.pop(name)
         self.penalised = [n for n in self.penalised if n != name]
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        energy: float | None = None,
+    ) -> dict[str, Fit]:
+        """Make an adapter of others, weighted; weights may be negative. It is frozen, and not active.
+
+        Args:
+            combination_type: "exact", the weighted sum of the changes of the weights, of the rank that it has, or of
+                `svd_rank`, or of as high a rank as holds the share `energy` of its squared singular values. "svd": the same,
+                by default of the highest rank among the adapters. "cat": the factors side by side. "ties_svd",
+                "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": pruned to `density` first. "linear", "ties",
+                "dare_linear", "dare_ties", "magnitude_prune": A and B each for themselves, which brings products of one
+                adapter's A with another's B. None: "svd" where the adapters have factors, "linear" where their tensors may
+                be added up (IA3), else "exact".
+            svd_clamp: cut off what is beyond this quantile of the factors' entries. svd_driver: of CUDA's decomposition.
+            svd_full_matrices: kept for callers of the reference; it has no effect on the result.
+            majority_sign_method: elect a sign by the "total" or by the "frequency" of signs.
+
+        Returns for each layer the rank, and the distance from the sum as a share of it. Raises `ConfigError`, `MergeError`
+        and `AdapterNameError`, the model as it was.
+        """
+        check_known(adapters, list(self.peft_config))
+        if len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
+            raise ConfigError(f"{len(weights)} weights for adapters {adapters}; one a different adapter is needed.")
+        kind = combination_type or combining.usual(self.model, adapters)
+        cut = combining.Cut(svd_rank, energy, svd_clamp, svd_driver)
+        shares = dict(zip(adapters, weights, strict=True))
+        how = combining.Combination(shares, kind, cut, density, majority_sign_method)
+        return combining.combine(self, how, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""

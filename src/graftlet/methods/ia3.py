@@ -8,6 +8,7 @@ convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class IA3Config(Targets, Excludes, Saves, FanInFanOut, PeftConfig):
         init_ia3_weights: True (ones: no change at first) or False (random).
     """
 
+    unites: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
+
     feedforward_modules: Names | None = None
     init_ia3_weights: bool = True
 
@@ -44,6 +47,8 @@ class IA3Config(Targets, Excludes, Saves, FanInFanOut, PeftConfig):
 
 @method("ia3", IA3Config, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class IA3(OutputMap):
+    additive = True
+
     def complete(self, config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(config, IA3Config)
         if config.feedforward_modules is None:

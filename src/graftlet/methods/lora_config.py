@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,3 +104,19 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
 
 
 UNSUPPORTED = ("megatron_config", "use_qalora")
+
+
+def plain(like: PeftConfig, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
+    """A config without variants whose factors have these ranks, by layer, and a scaling of 1; else as `like` has it."""
+    r = max(ranks.values(), default=1)
+    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
+    kept = {name: getattr(like, name) for name in PLACES}
+    return LoraConfig(r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=dict(other), lora_bias=bias, **kept)
+
+
+PLACES = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
+    "layer_replication", "ensure_weight_tying",
+)  # fmt: skip
+"""What a config says of the model, and of where in it an adapter stands."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..core import lifecycle
+from ..core.combine import Fit
 from ..core.context import BASE, Call, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
@@ -248,6 +249,10 @@ class PeftModel(nn.Module):
         return model
 
     # merge
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> dict[str, Fit]:
+        """Make an adapter of others, weighted; `BaseTuner.add_weighted_adapter` has the arguments."""
+        return self._layers("add_weighted_adapter").add_weighted_adapter(*args, **kwargs)
 
     def _layers(self, what: str) -> BaseTuner:
         if self.tuner is None:

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be asked of a method beside running it: the change it makes, its factors, the weight that it came from.
+
+`Method` has all of it, from `apply` alone; a method says more where it knows more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..config import PeftConfig
+    from ..weights.site import Site
+    from .method import View, Weights
+
+ROUNDS = 40
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of a weight as products of thin matrices, one a group of a convolution or expert of a stack.
+
+    A: `[cells, r, columns]`. B: `[cells, out, r]`. scale: the change is `scale B A`.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+
+
+class Algebra:
+    """The questions.
+
+    universal: any change of low rank, and of a bias, can be put into this method's tensors (`holding`, `hold`).
+    additive: the weighted sum of adapters is, by definition, the adapter of the weighted sums of their tensors.
+    """
+
+    universal: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+
+    if TYPE_CHECKING:
+
+        def apply(self, p: View, W: Tensor, b: Tensor | None) -> Weights: ...
+
+    def change(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        """What the adapter adds to this weight, and to this bias."""
+        W1, b1 = self.apply(p, W, b)
+        return W1 - p.site.fit(W, W1), None if b1 is None else b1 if b is None else b1 - b
+
+    def change_bias(self, p: View, weights: Callable[[], Weights]) -> Tensor | None:
+        """What the adapter adds to the bias; `weights` reads the layer's, if they are needed."""
+        return self.change(p, *weights())[1]
+
+    def factored(self, p: View) -> Factors | None:
+        """The change of the weight as factors; None where it has none, or they are not known."""
+        return None
+
+    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+        """The weight from which `apply` makes W, as nearly as can be found; whatever is not found out is not exact.
+
+        In general by iteration, which finds it where the adapter changes a weight by less than the weight itself.
+        """
+        found, least = W, float("inf")
+        for _ in range(ROUNDS):
+            missed = W - self.apply(p, found, b)[0]
+            size = float(missed.abs().max())
+            if not size < least:
+                break
+            found, least = found + missed, size
+        return found
+
+    def holding(self, like: PeftConfig, ranks: Mapping[str, tuple[int, Site]], bias: bool) -> PeftConfig:
+        """The config of an adapter that can hold changes of these ranks, by layer; else as `like` says."""
+        raise NotImplementedError
+
+    def hold(self, p: View, factors: Factors, bias: Tensor | None) -> None:
+        """Fill the adapter's tensors, so that it makes this change: of at most its own rank."""
+        raise NotImplementedError
+
+
+def solved(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The rows that a matrix turns into `rows` by multiplication from the right."""
+    flat = rows.double().reshape(-1, rows.shape[-1])
+    return torch.linalg.solve(matrix.double(), flat, left=False).reshape(rows.shape).to(rows)
