@@ -63,16 +63,22 @@ class Algebra:
     def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
         """The weight from which `apply` makes W, as nearly as can be found; whatever is not found out is not exact.
 
-        In general by iteration, which finds it where the adapter changes a weight by less than the weight itself.
+        In general by iteration, which finds it where `back` takes an adapter back to less than the weight itself.
         """
-        found, least = W, float("inf")
+        back = self.back(p, W)
+        found, missed, least = torch.zeros_like(W), W, float("inf")
         for _ in range(ROUNDS):
-            missed = W - self.apply(p, found, b)[0]
+            nearer = found + back(missed)
+            missed = W - self.apply(p, nearer, b)[0]
             size = float(missed.abs().max())
             if not size < least:
                 break
-            found, least = found + missed, size
+            found, least = nearer, size
         return found
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """Roughly the inverse of `apply`, as a map of weights such as `like`."""
+        return lambda W: W
 
     def holding(self, like: PeftConfig, ranks: Mapping[str, tuple[int, Site]], bias: bool) -> PeftConfig:
         """The config of an adapter that can hold changes of these ranks, by layer; else as `like` says."""

@@ -18,6 +18,7 @@ from ..errors import CallError, MergeError, listing
 from ..weights.site import Site
 from .context import BASE, Call, current, using
 from .host import AdapterHost, hosts
+from .merging import Kept, exactly, write
 from .method import Method, Spec, Stage, View, Weights
 from .replace import Replacement
 from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, split
@@ -134,7 +135,7 @@ class AdaptedLayer(AdapterHost):
         self.settings: dict[str, list[str]] = {}
         self._reads: dict[str, list[tuple[str, str, str | None, Spec]]] = {}
         self.commons: dict[str, dict[str, Common]] = {}
-        self._saved: tuple[Any, Any] | None = None
+        self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
 
@@ -336,7 +337,7 @@ class AdaptedLayer(AdapterHost):
 
     def original(self) -> Weights:
         """Weight and bias before anything was merged into them."""
-        return self.site.read() if self._saved is None else self.site.original(self._saved)
+        return self.site.read() if self.kept is None else self.kept.original(self.site)
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> Weights:
@@ -367,13 +368,12 @@ class AdaptedLayer(AdapterHost):
         if not names:
             return
         self.check_together([*self.merged_adapters, *names])
-        W, b = self.merged_weight([*self.merged_adapters, *names])
+        with exactly(self.site.weight.device):
+            W, b = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")
         self.site.accepts(W)
-        if self._saved is None:
-            self._saved = self.site.save()
-        self.site.write(W, b)
+        self.kept = write(self, (W, b), [*self.merged_adapters, *names])
         self.merged_adapters += names
 
     def part(self, shared: set[int]) -> None:
@@ -384,11 +384,11 @@ class AdaptedLayer(AdapterHost):
 
     def unmerge(self) -> None:
         """Bring back the bits that were there before the first merge."""
-        if self._saved is not None:
-            self.site.restore(self._saved)
+        if self.kept is not None:
+            self.kept.restore(self.site)
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
-        self._saved, self.merged_adapters = None, []
+        self.kept, self.merged_adapters = None, []
 
 
 def relink(model: nn.Module, adapter: str) -> None:

@@ -294,11 +294,11 @@ class InputMap(Method):
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         return p.site.on_rows(lambda rows: self.map(p, rows, transpose=not p.site.maps_output), W), b
 
-    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
         if p.site.stack:
-            return super().inverse(p, W, b)
-        matrix = self.map(p, torch.eye(p.site.basis, dtype=W.dtype, device=W.device), not p.site.maps_output)
-        return p.site.on_rows(lambda rows: solved(matrix, rows), W)
+            return super().back(p, like)
+        matrix = self.map(p, torch.eye(p.site.basis, dtype=like.dtype, device=like.device), not p.site.maps_output)
+        return lambda W: p.site.on_rows(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         y = p.site.mapped(lambda v: self.map(p, p.cast(v)).to(v.dtype), x, before)
@@ -319,11 +319,11 @@ class OutputMap(Method):
         site = p.site
         return site.on_out(lambda v: self.map(p, v), W), None if b is None else self.map(p, b)
 
-    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
         if p.site.stack:
-            return super().inverse(p, W, b)
-        matrix = self.map(p, torch.eye(p.site.features_out, dtype=W.dtype, device=W.device))
-        return p.site.on_out(lambda rows: solved(matrix, rows), W)
+            return super().back(p, like)
+        matrix = self.map(p, torch.eye(p.site.features_out, dtype=like.dtype, device=like.device))
+        return lambda W: p.site.on_out(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return p.site.on_channels(lambda y: self.map(p, p.cast(y)), before(x))
