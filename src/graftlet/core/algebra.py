@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -38,10 +38,14 @@ class Algebra:
 
     universal: any change of low rank, and of a bias, can be put into this method's tensors (`holding`, `hold`).
     additive: the weighted sum of adapters is, by definition, the adapter of the weighted sums of their tensors.
+    exchangeable: settings that another adapter may bring in place of these; they may be tensors, for compiled models.
+    scales: fields of the config that tell nothing but ranks and those settings.
     """
 
     universal: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    exchangeable: ClassVar[tuple[str, ...]] = ("scaling",)
+    scales: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
 
@@ -83,6 +87,9 @@ class Algebra:
     def holding(self, like: PeftConfig, ranks: Mapping[str, tuple[int, Site]], bias: bool) -> PeftConfig:
         """The config of an adapter that can hold changes of these ranks, by layer; else as `like` says."""
         raise NotImplementedError
+
+    def recorded(self, config: PeftConfig, held: Sequence[View]) -> None:
+        """Let a config say what an adapter's layers hold, after its ranks or settings were changed on them."""
 
     def hold(self, p: View, factors: Factors, bias: Tensor | None) -> None:
         """Fill the adapter's tensors, so that it makes this change: of at most its own rank."""

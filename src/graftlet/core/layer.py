@@ -227,6 +227,16 @@ class AdaptedLayer(AdapterHost):
         held = cast(Box, self._modules[box])[adapter]
         return held if entry is None else held[entry]
 
+    def setting(self, adapter: str, name: str) -> Any:
+        """One setting of an adapter here."""
+        return (self.__dict__[name] if name in self.__dict__ else cast(Box, self._modules[name]))[adapter]
+
+    def shapes(self, adapter: str, p: View) -> dict[str, tuple[int, ...]]:
+        """The shapes that an adapter's tensors have here, by its settings in a view."""
+        method, stack = self.methods[adapter], self.site.stack
+        specs = method.params(self.site, p)
+        return {n: method.stacked(n, s, stack) if stack else s.shape for n, s in specs.items()}
+
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""
         values: dict[str, Any] = {"key": self.keys[name], "training": self.training}

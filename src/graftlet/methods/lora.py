@@ -8,7 +8,7 @@ a column a token; on a stack of experts each has its own rows of A and columns o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,13 +24,14 @@ from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter
 from .init import Start, initialiser
 from .lora_config import LoraConfig as LoraConfig
 from .lora_config import LoraRuntimeConfig as LoraRuntimeConfig
-from .lora_config import plain
+from .lora_config import described, plain
 from .variants import wrapped
 
 
 @method("lora", LoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class LoRA(Delta):
     universal = True
+    scales = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
     def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
         return wrapped(self, config)
@@ -115,6 +116,9 @@ class LoRA(Delta):
 
     def holding(self, like: PeftConfig, ranks: Mapping[str, tuple[int, Site]], bias: bool) -> PeftConfig:
         return plain(like, {path: r * site.groups for path, (r, site) in ranks.items()}, bias)
+
+    def recorded(self, config: PeftConfig, held: Sequence[View]) -> None:
+        described(config, {p.key: (p.r, float(p.scaling)) for p in held})
 
     def hold(self, p: View, factors: Factors, bias: Tensor | None) -> None:
         own = self.factored(p)  # views of the tensors themselves

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,20 @@ def plain(like: PeftConfig, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
     other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
     kept = {name: getattr(like, name) for name in PLACES}
     return LoraConfig(r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=dict(other), lora_bias=bias, **kept)
+
+
+def described(config: PeftConfig, layers: Mapping[str, tuple[int, float]]) -> None:
+    """Let a config mean these ranks and scalings, by layer."""
+    ranks = {path: r for path, (r, _) in layers.items()}
+    alphas = {path: round(r * scaling, 6) for path, (r, scaling) in layers.items()}
+    r, alpha = max(ranks.values()), Counter(alphas.values()).most_common(1)[0][0]
+    config.__dict__.update(
+        r=r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        use_rslora=False,
+        rank_pattern={f"^{re.escape(p)}": rank for p, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+    )
 
 
 PLACES = (
