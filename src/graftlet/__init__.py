@@ -61,6 +61,7 @@ _HOMES = {
     "model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM "
     "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction",
+    "model.mixed": "PeftMixedModel",
     "model.mapping": "get_peft_model inject_adapter_in_model",
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",

@@ -21,7 +21,7 @@ from .host import AdapterHost, hosts
 from .merging import Kept, exactly, write
 from .method import Method, Spec, Stage, View, Weights
 from .replace import Replacement
-from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, split
+from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, renamed, split
 
 
 @dataclass
@@ -153,6 +153,9 @@ class AdaptedLayer(AdapterHost):
     def adapters(self) -> list[str]:
         return list(self.methods)
 
+    def holds(self, name: str) -> bool:
+        return name in self.methods
+
     @property
     def base(self) -> nn.Module:
         return self.base_layer
@@ -265,6 +268,21 @@ class AdaptedLayer(AdapterHost):
         for name, own in views.items():
             self.methods[name].join(own, [other for other in views.values() if other is not own])
 
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        for box in self._modules.values():
+            if isinstance(box, Box):
+                box.rename(old, new)
+        named = [self.methods, self.configs, self.keys, self.specs, self.settings, self._reads, self.commons]
+        for held in [*named, self._leaders, *(self.__dict__[s] for s in self.settings[old] if s in self.__dict__)]:
+            renamed(held, old, new)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        boxes: dict[str, Any] = self._modules
+        held = [(boxes[box][name], entry) for _, box, entry, spec in self._reads[name] if spec.trainable]
+        tensors = [tensor if entry is None else tensor[entry] for tensor, entry in held]
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
         return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
@@ -292,12 +310,12 @@ class AdaptedLayer(AdapterHost):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         call = current()
-        if call is not None and call.rows is not None and not self._disabled:
+        if call is not None and call.rows is not None and not self.off(call):
             return self._mixed(call, x, args, kwargs)
-        names = self.acting()
-        if not names and not (self._disabled and self.merged):
+        names, pure = self.acting(call), self.pure(call)
+        if not names and not (pure and self.merged):
             return self.base_layer(x, *args, **kwargs)
-        return self._run(names, x, Base(self, args, kwargs, pure=self._disabled))
+        return self._run(names, x, Base(self, args, kwargs, pure=pure))
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
@@ -325,6 +343,8 @@ class AdaptedLayer(AdapterHost):
                 f"with an input of shape {tuple(x.shape)}, whose rows are not the batch's; this layer cannot be mixed."
             )
         whole, parts = Base(self, args, kwargs, pure=True), []
+        if count is not None and (y := self._together(call, groups, x, whole)) is not None:
+            return y
         for name, index in groups:
             if len(groups) > 1 and name in self.methods and (why := self.methods[name].unmixable):
                 raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
@@ -334,12 +354,28 @@ class AdaptedLayer(AdapterHost):
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
+    def _together(self, call: Call, groups: list[tuple[str, Tensor]], x: Tensor, whole: Base) -> Tensor | None:
+        """A mixed batch whose adapters are computed all at once; None where their method cannot do that."""
+        names = tuple(name for name, _ in groups if name in self.methods)
+        kinds = {type(self.methods[name]) for name in names}
+        if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
+            return None
+        rows, owner = call.which(names, len(x), x.device)
+        every = len(rows) == len(x)
+        views = [self.view(name) for name in names]
+        added = self.methods[names[0]].grouped(views, x if every else x.index_select(0, rows), owner)
+        if added is None:
+            return None
+        y = whole(x)
+        wide = y.to(torch.promote_types(y.dtype, added.dtype))
+        return (wide + added if every else wide.index_add(0, rows, added.to(wide.dtype))).to(y.dtype)
+
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""
         call = current()
         alone = call.alone if call is not None else None
-        names = self.acting() if alone is None else [alone] if alone in self.methods else []
-        W, b = self._stages(names, Base(self, pure=self._disabled or alone is not None)).weight()
+        names = self.acting(call) if alone is None else [alone] if alone in self.methods else []
+        W, b = self._stages(names, Base(self, pure=self.pure(call) or alone is not None)).weight()
         kept = self.site.weight.dtype
         return self.site.kept(W).to(kept), None if b is None else b.to(kept)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
-from .algebra import Algebra, solved
+from .algebra import Algebra, solved, together
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -258,6 +258,16 @@ class Delta(Method):
     def drop(self, p: View, x: Tensor) -> Tensor:
         """Dropout on the adapter's input, where the method has one."""
         return x
+
+    def grouped(self, views: Sequence[View], x: Tensor, owner: Tensor) -> Tensor | None:
+        first = views[0]
+        if first.training or not first.site.linear or not x.is_floating_point():
+            return None
+        parts = [f for p in views if (f := self.factored(p)) is not None]
+        biases = [self.delta_bias(p) for p in views]
+        if len(parts) < len(views) or len({f.A.dtype for f in parts}) > 1 or any(b is not None for b in biases):
+            return None
+        return together(first.cast(x), parts, owner)
 
     def update(self, p: View, x: Tensor) -> Tensor:
         """What the adapter adds to the output, for an input that has been through `drop`."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +13,14 @@ from ..errors import ConfigError, TieWarning, warn
 from . import combine as combining
 from . import lifecycle, replication, ties
 from .combine import Fit
-from .host import check_known, check_name, hosts
+from .context import current
+from .host import check_known, check_name, hosts, modules
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Method
 from .planning import plan
 from .target import vocabulary
+from .tensors import renamed
 
 
 class BaseTuner(nn.Module):
@@ -64,7 +67,7 @@ class BaseTuner(nn.Module):
         """What the active adapters add to the loss: their distance from what their methods assume of them."""
         found = []
         for name in self.penalised:
-            layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
+            layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting(current())]
             penalty = layers[0].methods[name].penalty([h.view(name) for h in layers]) if layers else None
             found += [] if penalty is None else [penalty]
         return found
@@ -146,7 +149,7 @@ class BaseTuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters."""
-        lifecycle.set_adapter(self.model, adapter_name, inference_mode)
+        lifecycle.set_adapter(self.shared_in[0], adapter_name, inference_mode)
         if any(config.bias != "none" for config in self.peft_config.values()):
             lifecycle.mark_trainable(self.model, {} if inference_mode else self.peft_config)
 
@@ -156,9 +159,17 @@ class BaseTuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         lifecycle.enable_adapters(self.model, False)
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name. Raises `AdapterNameError`, the model as it was."""
+        check_known([old], list(self.peft_config))
+        check_name(new, [n for n in self.peft_config if n != old])
+        lifecycle.rename_adapter(self.shared_in[0], old, new)
+        renamed(self.peft_config, old, new)
+        self.penalised = [new if n == old else n for n in self.penalised]
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its config."""
-        lifecycle.delete_adapter(self.model, adapter_name)
+        lifecycle.delete_adapter(self.shared_in[0], adapter_name)
         self._forget(adapter_name)
 
     def _forget(self, name: str) -> None:
@@ -241,7 +252,7 @@ class Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.flags = [(p, p.requires_grad) for p in model.parameters()]
+        self.flags = [(p, p.requires_grad) for p in base_parameters(model)]
         self.replicated = False
 
     def restore(self) -> None:
@@ -250,6 +261,12 @@ class Before:
             replication.restore(self.model)
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
+
+
+def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are no adapter's in a box: as many, whatever the number of adapters."""
+    for module in modules(model):
+        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def _untie(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ encoders stand beside it in `prompt_encoder`, and `prompting` puts what they mak
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +18,18 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..core import lifecycle
-from ..core.combine import Fit
-from ..core.context import BASE, Call, using
+from ..core.context import BASE, Call, current, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, BaseMismatchWarning, CallError, ConfigError, warn
 from . import card, embeddings, generation, prompted, prompting, save, status
+from .many import ManyAdapters
 from .parts import carry_context, transformers_config
 
 
-class PeftModel(nn.Module):
+class PeftModel(ManyAdapters, nn.Module):
     """A base model with one adapter or several.
 
     Args:
@@ -58,7 +58,6 @@ class PeftModel(nn.Module):
         self._active: list[str] = [adapter_name]
         if peft_config.is_prompt_learning:
             self.base_model = model
-            self._prompt_off = False
             prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
             tuner = BaseTuner(model, {})
@@ -90,8 +89,10 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters' names, in order."""
+        """The active adapters' names, in order; for prompt methods, those chosen by `using` on this thread."""
         tuner = self.tuner
+        if tuner is None and (chosen := self._chosen()):
+            return list(chosen)
         return list(self._active) if tuner is None else tuner.active_adapters or list(self._active)
 
     @property
@@ -154,15 +155,6 @@ class PeftModel(nn.Module):
             self.tuner.set_adapter(names, inference_mode)
         self._active = names
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters learn, or freeze them, whether they are active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        check_known(names, list(self.peft_config))
-        if self.tuner is None:
-            prompting.set_requires_grad(self, names, requires_grad)
-        else:
-            lifecycle.set_requires_grad(self.tuner.model, names, requires_grad)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was active, another one is from then on."""
         check_known([adapter_name], list(self.peft_config))
@@ -174,16 +166,6 @@ class PeftModel(nn.Module):
         self._active = self._active if left else []
         if left and left != self._active:
             self.set_adapter(left, self.peft_config[left[0]].inference_mode)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, until the block ends."""
-        if self.tuner is None:
-            with prompting.disabled(self):
-                yield
-        else:
-            with lifecycle.disabled(self.tuner.model):
-                yield
 
     # call
 
@@ -217,7 +199,8 @@ class PeftModel(nn.Module):
             self._check_rows(rows, args, kwargs)
         if self.training:
             carry_context(self)
-        with using(Call(None if rows is None else tuple(rows), values=values)):
+        before = current() or Call()
+        with using(Call(None if rows is None else tuple(rows), chosen=before.chosen, values=values)):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -247,40 +230,6 @@ class PeftModel(nn.Module):
         else:
             model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))  # type: ignore[operator]
         return model
-
-    # merge
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> dict[str, Fit]:
-        """Make an adapter of others, weighted; `BaseTuner.add_weighted_adapter` has the arguments."""
-        return self._layers("add_weighted_adapter").add_weighted_adapter(*args, **kwargs)
-
-    def _layers(self, what: str) -> BaseTuner:
-        if self.tuner is None:
-            raise ConfigError(
-                f"{what} is for methods on layers; {self.peft_type} changes no weight that it could go into."
-            )
-        return self.tuner
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
-        """Write the active (or named) adapters into the base weights. `unmerge_adapter` restores the weights' bits.
-
-        Raises `MergeError`, every weight as it was, where a result is not finite or has no place.
-        """
-        self._layers("merge_adapter").merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Bring the base weights' very bits back."""
-        self._layers("unmerge_adapter").unmerge_adapter()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The base model with adapters merged in and no wrapper left."""
-        return self._layers("merge_and_unload").merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def unload(self) -> nn.Module:
-        """The base model without adapters and wrappers."""
-        return self._layers("unload").unload()
 
     # disk
 

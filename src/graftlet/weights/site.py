@@ -42,6 +42,8 @@ class Site:
 
     kinds: ClassVar[tuple[str, ...]] = ()
     opaque: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    """The operation is a product with the weight, on the input's last dimension."""
     stack: int = 0
     groups: int = 1
     maps_output: ClassVar[bool] = False
@@ -204,6 +206,7 @@ class Linear(Site):
     """`nn.Linear` and its kin: y = x W^T + b."""
 
     kinds = ("torch.nn.modules.linear.Linear",)
+    linear = True
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)
