@@ -64,6 +64,7 @@ _HOMES = {
     "model.mixed": "PeftMixedModel",
     "model.mapping": "get_peft_model inject_adapter_in_model",
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
+    "serve.cache": "AdapterCache AdapterPool",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
 }
