@@ -74,12 +74,14 @@ _HOMES = {
     "model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM "
     "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction",
+    "model.mixed": "PeftMixedModel",
     "model.mapping": "get_peft_model inject_adapter_in_model",
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
     "model.kv_prefix": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "model.parts": "shift_tokens_right",
     "model.arrow": "create_arrow_model",
+    "serve.cache": "AdapterCache AdapterPool",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
     "model.kappa": "find_kappa_target_modules",

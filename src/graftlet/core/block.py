@@ -12,7 +12,7 @@ from ..errors import CallError, MergeError
 from .context import current
 from .host import AdapterHost
 from .method import Block, Spec
-from .tensors import Box, Leaf, as_held
+from .tensors import Box, Leaf, as_held, renamed
 
 
 class AdaptedBlock(AdapterHost):
@@ -76,6 +76,12 @@ class AdaptedBlock(AdapterHost):
                 self._parameters[tensor_name] = parameter
             self.parked.drop(name)
 
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        self.parked.rename(old, new)
+        renamed(self.specs, old, new)
+        self._shown = new if self._shown == old else self._shown
+
     def forget(self, name: str) -> None:
         if self._shown == name:
             self._show(None)
@@ -103,9 +109,9 @@ class AdaptedBlock(AdapterHost):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current()
-        if call is not None and call.rows is not None and not self._disabled:
+        if call is not None and call.rows is not None and not self.off(call):
             raise CallError(f"{type(self.method).__name__} acts on whole blocks, which cannot be mixed in a batch.")
-        names = self.acting()
+        names = self.acting(call)
         if not names:
             return self.base(*args, **kwargs)
         return self.method.call(self.trainable(names[0]), self.base, args, kwargs)

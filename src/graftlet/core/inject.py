@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..registry import Entry
 from ..weights.site import Parameter, Site
 from .block import AdaptedBlock, started
-from .host import AdapterHost, Shell, commons
+from .host import AdapterHost, Shell, commons, home_of
 from .layer import AdaptedLayer, Branch, relink
 from .method import Block, Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
@@ -140,7 +140,7 @@ class Plan:
             for parent, child in self._stands(item.place, standing):
                 setattr(parent, child, outer)
                 item.made.append((parent, child))
-        item.host = host
+        item.host, host.home = host, home_of(self.model)
         if item.branch is not None and isinstance(host, AdaptedLayer):
             host.attach(self.name, item.branch)
         elif isinstance(host, Replacement):
@@ -284,4 +284,4 @@ def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
 def _inherit(host: AdapterHost, standing: nn.Module) -> None:
     host.train(standing.training)
     if isinstance(standing, AdapterHost):
-        host.set_disabled(standing.disable_adapters)
+        host.set_disabled(standing._disabled)

@@ -19,10 +19,11 @@ from ..errors import CallError, MergeError, listing
 from ..weights.site import Site
 from .context import BASE, Call, current, using
 from .host import hosts
+from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
 from .replace import Replacement
 from .scales import Scales
-from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, split
+from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, renamed, split
 
 
 @dataclass
@@ -153,7 +154,7 @@ class AdaptedLayer(Scales):
         self._reads: dict[str, list[tuple[str, str, str | None, Spec]]] = {}
         self.commons: dict[str, dict[str, Common]] = {}
         self._peers = Peers(self)
-        self._saved: tuple[Any, Any] | None = None
+        self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
         self.cast_input_dtype_enabled = True
@@ -172,6 +173,9 @@ class AdaptedLayer(Scales):
     @property
     def adapters(self) -> list[str]:
         return list(self.methods)
+
+    def holds(self, name: str) -> bool:
+        return name in self.methods
 
     @property
     def base(self) -> nn.Module:
@@ -250,6 +254,16 @@ class AdaptedLayer(Scales):
         held = cast(Box, self._modules[box])[adapter]
         return held if entry is None else held[entry]
 
+    def setting(self, adapter: str, name: str) -> Any:
+        """One setting of an adapter here."""
+        return (self.__dict__[name] if name in self.__dict__ else cast(Box, self._modules[name]))[adapter]
+
+    def shapes(self, adapter: str, p: View) -> dict[str, tuple[int, ...]]:
+        """The shapes that an adapter's tensors have here, by its settings in a view."""
+        method, stack = self.methods[adapter], self.site.stack
+        specs = method.params(self.site, p)
+        return {n: method.stacked(n, s, stack) if stack else s.shape for n, s in specs.items()}
+
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""
         values: dict[str, Any] = {"key": self.keys[name], "training": self.training}
@@ -280,6 +294,21 @@ class AdaptedLayer(Scales):
         for name, own in views.items():
             self.methods[name].join(own, [other for other in views.values() if other is not own])
 
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        for box in self._modules.values():
+            if isinstance(box, Box):
+                box.rename(old, new)
+        named = [self.methods, self.configs, self.keys, self.specs, self.settings, self._reads, self.commons]
+        for held in [*named, self._leaders, *(self.__dict__[s] for s in self.settings[old] if s in self.__dict__)]:
+            renamed(held, old, new)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        boxes: dict[str, Any] = self._modules
+        held = [(boxes[box][name], entry) for _, box, entry, spec in self._reads[name] if spec.trainable]
+        tensors = [tensor if entry is None else tensor[entry] for tensor, entry in held]
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
         return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
@@ -307,12 +336,12 @@ class AdaptedLayer(Scales):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         call = current()
-        if call is not None and call.rows is not None and not self._disabled:
+        if call is not None and call.rows is not None and not self.off(call):
             return self._mixed(call, x, args, kwargs)
-        names = self.acting()
-        if not names and not (self._disabled and self.merged):
+        names, pure = self.acting(call), self.pure(call)
+        if not names and not (pure and self.merged):
             return self.base_layer(x, *args, **kwargs)
-        return self._run(names, x, Base(self, args, kwargs, pure=self._disabled))
+        return self._run(names, x, Base(self, args, kwargs, pure=pure))
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
@@ -340,6 +369,8 @@ class AdaptedLayer(Scales):
                 f"with an input of shape {tuple(x.shape)}, whose rows are not the batch's; this layer cannot be mixed."
             )
         whole, parts = Base(self, args, kwargs, pure=True), []
+        if count is not None and (y := self._together(call, groups, x, whole)) is not None:
+            return y
         for name, index in groups:
             if len(groups) > 1 and name in self.methods and (why := self.methods[name].unmixable):
                 raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
@@ -349,12 +380,28 @@ class AdaptedLayer(Scales):
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
+    def _together(self, call: Call, groups: list[tuple[str, Tensor]], x: Tensor, whole: Base) -> Tensor | None:
+        """A mixed batch whose adapters are computed all at once; None where their method cannot do that."""
+        names = tuple(name for name, _ in groups if name in self.methods)
+        kinds = {type(self.methods[name]) for name in names}
+        if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
+            return None
+        rows, owner = call.which(names, len(x), x.device)
+        every = len(rows) == len(x)
+        views = [self.view(name) for name in names]
+        added = self.methods[names[0]].grouped(views, x if every else x.index_select(0, rows), owner)
+        if added is None:
+            return None
+        y = whole(x)
+        wide = y.to(torch.promote_types(y.dtype, added.dtype))
+        return (wide + added if every else wide.index_add(0, rows, added.to(wide.dtype))).to(y.dtype)
+
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""
         call = current()
         alone = call.alone if call is not None else None
-        names = self.acting() if alone is None else [alone] if alone in self.methods else []
-        W, b = self._stages(names, Base(self, pure=self._disabled or alone is not None)).weight()
+        names = self.acting(call) if alone is None else [alone] if alone in self.methods else []
+        W, b = self._stages(names, Base(self, pure=self.pure(call) or alone is not None)).weight()
         kept = self.site.weight.dtype
         return self.site.kept(W).to(kept), None if b is None else b.to(kept)
 
@@ -362,7 +409,7 @@ class AdaptedLayer(Scales):
 
     def original(self) -> Weights:
         """Weight and bias before anything was merged into them."""
-        return self.site.read() if self._saved is None else self.site.original(self._saved)
+        return self.site.read() if self.kept is None else self.kept.original(self.site)
 
     @torch.no_grad()
     def change(self, name: str) -> Weights:
@@ -413,13 +460,12 @@ class AdaptedLayer(Scales):
         if not names:
             return
         self.check_together([*self.merged_adapters, *names])
-        W, b = self.merged_weight([*self.merged_adapters, *names])
+        with exactly(self.site.weight.device):
+            W, b = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")
         self.site.accepts(W)
-        if self._saved is None:
-            self._saved = self.site.save()
-        self.site.write(W, b)
+        self.kept = write(self, (W, b), [*self.merged_adapters, *names])
         self.merged_adapters += names
 
     def part(self, shared: set[int]) -> None:
@@ -430,11 +476,11 @@ class AdaptedLayer(Scales):
 
     def unmerge(self) -> None:
         """Bring back the bits that were there before the first merge."""
-        if self._saved is not None:
-            self.site.restore(self._saved)
+        if self.kept is not None:
+            self.kept.restore(self.site)
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
-        self._saved, self.merged_adapters = None, []
+        self.kept, self.merged_adapters = None, []
 
 
 def relink(model: nn.Module, adapter: str) -> None:

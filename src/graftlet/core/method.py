@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
+from .algebra import Algebra, solved, together
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -126,7 +127,7 @@ class Stage(Protocol):
     def origin(self) -> Weights: ...
 
 
-class Method:
+class Method(Algebra):
     """Base of all methods that act on a layer.
 
     law: several active adapters add up (`sum`: each delta taken at the original weight), each sees what the one before
@@ -302,6 +303,16 @@ class Delta(Method):
         """Dropout on the adapter's input, where the method has one."""
         return x
 
+    def grouped(self, views: Sequence[View], x: Tensor, owner: Tensor) -> Tensor | None:
+        first = views[0]
+        if first.training or not first.site.linear or not x.is_floating_point():
+            return None
+        parts = [f for p in views if (f := self.factored(p)) is not None]
+        biases = [self.delta_bias(p) for p in views]
+        if len(parts) < len(views) or len({f.A.dtype for f in parts}) > 1 or any(b is not None for b in biases):
+            return None
+        return together(first.cast(x), parts, owner)
+
     def update(self, p: View, x: Tensor) -> Tensor:
         """What the adapter adds to the output, for an input that has been through `drop`."""
         return p.site.op(x, self.delta(p), self.delta_bias(p))
@@ -310,6 +321,15 @@ class Delta(Method):
         dW, db = self.delta(p), self.delta_bias(p)
         W = p.site.fit(W, dW) + dW
         return W, b if db is None else (db if b is None else b + db)
+
+    def change(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        return self.apply(p, torch.zeros_like(W), None)[0], self.delta_bias(p)
+
+    def change_bias(self, p: View, weights: Callable[[], Weights]) -> Tensor | None:
+        return self.delta_bias(p)
+
+    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+        return W - self.apply(p, torch.zeros_like(W), None)[0]
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return before(x) + self.update(p, self.drop(p, p.cast(x)))
@@ -327,6 +347,12 @@ class InputMap(Method):
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         return p.site.on_rows(lambda rows: self.map(p, rows, transpose=not p.site.maps_output), W), b
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return super().back(p, like)
+        matrix = self.map(p, torch.eye(p.site.basis, dtype=like.dtype, device=like.device), not p.site.maps_output)
+        return lambda W: p.site.on_rows(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         y = p.site.mapped(lambda v: self.map(p, p.cast(v)).to(v.dtype), x, before)
@@ -346,6 +372,12 @@ class OutputMap(Method):
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         site = p.site
         return site.on_out(lambda v: self.map(p, v), W), None if b is None else self.map(p, b)
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return super().back(p, like)
+        matrix = self.map(p, torch.eye(p.site.features_out, dtype=like.dtype, device=like.device))
+        return lambda W: p.site.on_out(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return p.site.on_channels(lambda y: self.map(p, p.cast(y)), before(x))

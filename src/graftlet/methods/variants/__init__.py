@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from ...core.algebra import Factors
 from ...core.method import Delta, Method, Spec, View
 from ...errors import ConfigError
 from ...weights.site import Site
@@ -75,6 +76,9 @@ class DeltaWrapper(Wrapper, Delta):
 
     def delta(self, p: View) -> Tensor:
         return self.inner.delta(self.seen(p))
+
+    def factored(self, p: View) -> Factors | None:
+        return self.inner.factored(self.seen(p))
 
     def delta_bias(self, p: View) -> Tensor | None:
         return self.inner.delta_bias(p)
