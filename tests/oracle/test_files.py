@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graftlet import PeftModel
-from tests.laws.benches import near
+from graftlet.testing.benches import near
 from tests.laws.cases import Case, cases
 
 from .reference import adapt, move, output, peft
