@@ -44,7 +44,9 @@ def transforms(case: Case) -> bool:
     return not case.replaces and case.merges
 
 
-LAWS: dict[Callable[[Case], None], Callable[[Case], bool]] = {
+Law = Callable[[Case], None]
+
+LAWS: dict[Law, Callable[[Case], bool]] = {
     a_new_adapter_changes_nothing: lambda case: case.starts,
     only_declared_tensors_get_gradients: always,
     forward_is_the_operation_with_the_transformed_weight: transforms,
@@ -65,3 +67,6 @@ LAWS: dict[Callable[[Case], None], Callable[[Case], bool]] = {
     it_compiles_for_training: always,
 }
 """Every law, and which cases it holds for."""
+
+ONCE: frozenset[Law] = frozenset({it_compiles_without_a_graph_break, it_compiles_for_training})
+"""The slow ones, which say little more on another layer."""
