@@ -18,6 +18,13 @@ _HOMES = {
     "core.context": "Call using",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
     "methods.variants.arrow": "ArrowConfig",
+    "methods.init.eva": "EvaConfig get_eva_state_dict initialize_lora_eva_weights",
+    "methods.init.loftq": "LoftQConfig",
+    "methods.init.lora_ga": "LoraGAConfig preprocess_loraga",
+    "methods.variants.bdlora": "BdLoraConfig",
+    "methods.variants.kasa": "KasaConfig",
+    "methods.variants.monteclora": "MontecloraConfig",
+    "methods.variants.velora": "VeloraConfig",
     "methods.oft": "OFTConfig",
     "methods.hra": "HRAConfig",
     "methods.ia3": "IA3Config",
@@ -75,6 +82,9 @@ _HOMES = {
     "model.arrow": "create_arrow_model",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
+    "model.kappa": "find_kappa_target_modules",
+    "model.loftq": "replace_lora_weights_loftq",
+    "serve.convert": "convert_to_lora save_as_lora",
 }
 _home = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,28 @@ def test_inspect(graftlet, trained: Path, tmp_path: Path) -> None:
     assert "<picture>" in (tmp_path / "page.html").read_text()
 
 
+def test_convert_and_compare(graftlet, trained: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        status, out, _ = graftlet("convert", trained, tmp_path / "small", "--rank", 2)
+        assert status == 0
+        assert "model.layers.1.self_attn.v_proj" in out
+        assert "LoRA, " in out
+        assert graftlet("convert", trained, tmp_path / "same", "--energy", "1.0")[0] == 0
+    _, out, _ = graftlet("inspect", "--diff", trained, tmp_path / "same", "--json")
+    facts = json.loads(out)
+    assert all(x["cosine"] == pytest.approx(1, abs=1e-5) for x in facts["layers"])
+    assert all(x["distance"] < 1e-3 * x["norm_first"] for x in facts["layers"])
+    _, out, _ = graftlet("inspect", "--diff", trained, tmp_path / "small", "--json")
+    lost = json.loads(out)
+    assert lost["settings"]["r"] == [4, 2]
+    for layer in lost["layers"]:
+        assert layer["distance"] ** 2 == pytest.approx(layer["norm_first"] ** 2 - layer["norm_second"] ** 2, rel=1e-2)
+    assert "apart" in graftlet("inspect", "--diff", trained, tmp_path / "small")[1]
+    status, _, err = graftlet("convert", trained, tmp_path / "small", "--rank", 2)
+    assert (status, "is taken" in err) == (1, True)
+
+
 def test_methods(graftlet) -> None:
     _, out, _ = graftlet("methods", "--json")
     listed = {m["method"]: m for m in json.loads(out)}
@@ -164,6 +187,8 @@ def test_methods(graftlet) -> None:
         (("merge", "{run}/out", "{run}"), "exists and is not empty"),
         (("merge", "{run}/out", "{run}", "--overwrite"), "holds no model"),
         (("inspect", "{run}"), "can't find 'adapter_config.json'"),
+        (("inspect", "--diff", "{run}", "{run}/out"), "can't find 'adapter_config.json'"),
+        (("convert", "{run}/out", "{run}/x", "--rank", "2", "--energy", "0.5"), "do not go together"),
     ],
 )
 def test_errors_are_one_clean_line(graftlet, trained: Path, words: tuple[str, ...], said: str) -> None:

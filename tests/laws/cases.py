@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from graftlet.core.method import Replace
+from graftlet.methods.variants.bdlora import BdLoraConfig
+from graftlet.methods.variants.kasa import KasaConfig
+from graftlet.methods.variants.monteclora import MontecloraConfig
+from graftlet.methods.variants.velora import VeloraConfig
 from graftlet.registry import Entry, entries
 from graftlet.testing.benches import BENCHES, Bench
 from graftlet.testing.case import Case
@@ -20,6 +24,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "gaussian": {"r": 4, "init_lora_weights": "gaussian"},
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
         "alora": {"r": 4, "alora_invocation_tokens": [1]},
+        "olora": {"r": 4, "init_lora_weights": "olora"},
+        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
+        "mica": {"r": 4, "init_lora_weights": "mica"},
+        "kasa": {"r": 4, "kasa_config": KasaConfig(beta=0.1, gamma=0.2)},
+        "bdlora-a": {"r": 4, "use_bdlora": BdLoraConfig(target_modules_bd_a=["l"], nblocks=2)},
+        "bdlora-b": {"r": 4, "use_bdlora": BdLoraConfig(target_modules_bd_b=["l"], nblocks=2)},
+        "velora": {"r": 4, "velora_config": VeloraConfig(num_groups=3)},
+        "velora-random": {"r": 4, "lora_bias": True, "velora_config": VeloraConfig(num_groups=4, init_type="random")},
+        "monteclora": {"r": 4, "monteclora_config": MontecloraConfig(num_samples=3, use_entropy=True)},
     },
     "HRA": {"plain": {"r": 4}, "gram-schmidt": {"r": 3, "apply_GS": True}, "odd": {"r": 3}},
     "OFT": {
@@ -124,21 +137,29 @@ OTHER: dict[str, dict[str, Any]] = {"TRAINABLE_TOKENS": {"token_indices": [0, 2]
 UNMERGED = {("LORA", "alora")}
 """Settings without a merged form although the method has one."""
 
-UNNEUTRAL = {("HRA", "gram-schmidt"), ("HRA", "odd"), ("DEFT", "para")}
+UNNEUTRAL = {("LORA", "kasa"), ("HRA", "gram-schmidt"), ("HRA", "odd"), ("DEFT", "para")}
 """Settings that change the model from the start although the method's default does not."""
 
 CROSSING = {("LORA", "grouped"), ("BEFT", "no-bias")}
 """Adapters that the layer cannot hold: a mix of channels across a convolution's groups, a bias where there is none."""
 
-REBASED = {("LORA", "pissa")}
+REBASED = {("LORA", "pissa"), ("LORA", "olora"), ("LORA", "kasa")}
 """Settings that start by moving a part of the base weight into the adapter."""
 
 _CONVOLUTIONS = {"conv1", "conv2", "conv3", "grouped", "pointwise", "dilated"}
 _EMBEDDINGS = {"embedding", "scaled-embedding", "padded-embedding"}
 _OPAQUE = {"attention", "attention-time-first", "matrix", "experts", "experts-transposed"}
 
+_NOT_LINEAR = _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE
+"""What is refused by variants of LoRA that are made for linear layers."""
+
 REFUSED = {
     ("LORA", "alora"): _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE,
+    **{("LORA", name): _NOT_LINEAR for name in ("kasa", "bdlora-a", "bdlora-b", "velora", "monteclora")},
+    ("LORA", "velora-random"): _NOT_LINEAR | {"no-bias"},
+    ("LORA", "mica"): _CONVOLUTIONS | _OPAQUE,
+    ("LORA", "olora"): _CONVOLUTIONS | _OPAQUE,
+    ("LORA", "orthogonal"): _CONVOLUTIONS | _OPAQUE,
     ("LORA", "pissa"): _CONVOLUTIONS | _OPAQUE,
     ("LORA", "lora_bias"): _EMBEDDINGS | _OPAQUE | {"no-bias"},
     ("ROAD", "plain"): {"grouped"},

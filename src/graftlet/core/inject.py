@@ -127,6 +127,7 @@ class Plan:
         for item in self.items:
             if item.branch is not None and item.branch.rebased is not None and isinstance(item.host, AdaptedLayer):
                 item.host.site.write(item.branch.rebased, None)
+                item.host.rebased.add(self.name)
                 item.branch.rebased = None
 
     def _apply(self, item: Item) -> None:

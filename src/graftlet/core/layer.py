@@ -18,9 +18,10 @@ from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.site import Site
 from .context import BASE, Call, current, using
-from .host import AdapterHost, hosts
-from .method import Method, Spec, Stage, View, Weights
+from .host import hosts
+from .method import Delta, Method, Spec, Stage, View, Weights
 from .replace import Replacement
+from .scales import Scales
 from .tensors import Box, Common, Leaf, Mirror, as_held, attribute, split
 
 
@@ -133,7 +134,7 @@ def widened(W: Tensor, b: Tensor | None) -> Weights:
     return W.to(dtype), None if b is None else b.to(dtype)
 
 
-class AdaptedLayer(AdapterHost):
+class AdaptedLayer(Scales):
     """A base layer with adapters on one of its weights.
 
     Tensors stand parameter-major (`self.lora_A["default"]`), settings likewise (`self.scaling["default"]`); a method
@@ -154,6 +155,8 @@ class AdaptedLayer(AdapterHost):
         self._peers = Peers(self)
         self._saved: tuple[Any, Any] | None = None
         self._leaders: dict[str, list[AdaptedLayer]] = {}
+        self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
+        self.cast_input_dtype_enabled = True
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
 
     def __getattr__(self, name: str) -> Any:
@@ -198,6 +201,7 @@ class AdaptedLayer(AdapterHost):
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
         self._reads[name] = [(attribute(n), *split(n), spec) for n, spec in branch.specs.items()]
         self._learning.add(name)
+        self.note_scale(name, branch.settings)
 
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
         """Hold one tensor of an adapter in its box."""
@@ -230,6 +234,8 @@ class AdaptedLayer(AdapterHost):
         for held in (self.methods, self.configs, self.keys, self.commons, self._reads, self._leaders):
             held.pop(name, None)
         self._learning.discard(name)
+        self.rebased.discard(name)
+        self.__dict__.get("first_scaling", {}).pop(name, None)
 
     def _drop(self, attribute_name: str, name: str) -> None:
         box = self._modules.get(attribute_name)
@@ -264,6 +270,8 @@ class AdaptedLayer(AdapterHost):
             whole = dtype is None or isinstance(held, Leaf) or not held.is_floating_point()
             values[called] = held if whole else held.to(dtype)
         values["shared"], values["adapter"], values["peers"] = tuple(shared), name, self._peers
+        if not self.cast_input_dtype_enabled:
+            values["casts"] = False
         return View(self.configs[name], self.site, dtype or kept, values)
 
     def check_together(self, names: list[str]) -> None:
@@ -355,6 +363,26 @@ class AdaptedLayer(AdapterHost):
     def original(self) -> Weights:
         """Weight and bias before anything was merged into them."""
         return self.site.read() if self._saved is None else self.site.original(self._saved)
+
+    @torch.no_grad()
+    def change(self, name: str) -> Weights:
+        """What an adapter alone adds to the original weight and bias, in at least single precision.
+
+        A `Delta` gives its own, not the difference of two rounded weights. The bias is None where it stays as it is.
+        """
+        method, (W, b) = self.methods[name], widened(*self.original())
+        p = self.view(name, W.dtype)
+        if isinstance(method, Delta):
+            return method.apply(p, torch.zeros_like(W), None)
+        changed, bias = method.apply(p, W, b)
+        return changed - self.site.fit(
+            W, changed
+        ), None if bias is b else bias if bias is None or b is None else bias - b
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the weight that an adapter makes, in the layer's own layout."""
+        dW = self.change(adapter)[0].to(self.view(adapter).dtype)
+        return self.site.kept(dW) if dW.shape == self.site.shape else dW
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> Weights:

@@ -59,7 +59,7 @@ class View:
 
     dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
     shared: the names of what all layers of the adapter share. adapter: its name. peers: all adapters of the layer, each
-        with its method and its view.
+        with its method and its view. casts: inputs are brought to `dtype`.
     """
 
     config: PeftConfig
@@ -70,6 +70,7 @@ class View:
     shared: tuple[str, ...] = ()
     adapter: str = ""
     peers: Mapping[str, tuple[Method, View]] = {}
+    casts: bool = True
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -79,7 +80,7 @@ class View:
 
     def cast(self, x: Tensor) -> Tensor:
         """`x` in the adapter's dtype; look-up indices, and anything under autocast, as they are."""
-        if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        if not self.casts or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.dtype)
 
@@ -196,6 +197,9 @@ class Method:
         """Raise where an adapter cannot act together with these others on its layer."""
         if others and self.law == "one":
             raise ConfigError(f"{type(self).__name__} on {p.key!r} cannot act beside other adapters; activate one.")
+
+    def meet(self, config: PeftConfig, other: PeftConfig) -> None:
+        """Raise where an adapter cannot stand on the same model as another one, whichever came first."""
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         """The shape of a tensor that serves a stack of experts."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
+from ..registry import lookup
 from . import lifecycle, replication, ties
 from .host import check_name, hosts
 from .inject import Plan
@@ -71,8 +72,10 @@ class BaseTuner(nn.Module):
         found = []
         for name in self.penalised:
             layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
-            penalty = layers[0].methods[name].penalty([h.view(name) for h in layers]) if layers else None
-            found += [] if penalty is None else [penalty]
+            for kind in dict.fromkeys(type(h.methods[name]) for h in layers):
+                own = [h for h in layers if type(h.methods[name]) is kind]
+                penalty = own[0].methods[name].penalty([h.view(name) for h in own])
+                found += [] if penalty is None else [penalty]
         return found
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -113,6 +116,7 @@ class BaseTuner(nn.Module):
             raise ConfigError(
                 f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
             )
+        self._meet(config)
         adapted, active = bool(lifecycle.adapters_of(self.model)), self.active_adapters or [name]
         before = Before(self.model)
         try:
@@ -137,6 +141,7 @@ class BaseTuner(nn.Module):
         return made
 
     def _note(self, made: Plan) -> None:
+        """What an adapter's methods, variants included, ask of a call and add to its loss."""
         name, methods = made.name, made.methods()
         self.carried = tuple(dict.fromkeys([*self.carried, *(c for m in methods for c in m.carries)]))
         self.penalised += [name] if any(type(m).penalty is not Method.penalty for m in methods) else []
@@ -146,6 +151,14 @@ class BaseTuner(nn.Module):
         if rehearsing := [h for h in layers if type(h.methods[name]).rehearse is not Method.rehearse]:
             self.rehearsing[name] = rehearsing[0]
         self.controls.update({c: (h, name) for h in reversed(layers) for c in h.methods[name].controls})
+
+    def _meet(self, config: PeftConfig) -> None:
+        """Raise where an adapter cannot stand beside those that are here."""
+        for held in self.peft_config.values():
+            for one, other in ((config, held), (held, config)):
+                method = lookup(one.peft_type).method
+                if issubclass(method, Method):
+                    method().meet(one, other)
 
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""

@@ -31,6 +31,11 @@ class LoRA(Delta):
     def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
         return wrapped(self, config)
 
+    def meet(self, config: PeftConfig, other: PeftConfig) -> None:
+        variant = wrapped(self, config)
+        if variant is not self:
+            variant.meet(config, other)
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, LoraConfig)
         r = by_pattern(config.rank_pattern, key, config.r)

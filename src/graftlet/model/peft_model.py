@@ -28,6 +28,7 @@ from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .origin import base_name, check_base, upload
 from .parts import as_rows, carry_context
+from .plain import as_plain
 
 
 class PeftModel(nn.Module):
@@ -297,14 +298,14 @@ class PeftModel(nn.Module):
         Args:
             safe_serialization: False writes `adapter_model.bin` (and removes a safetensors file it would hide behind).
             selected_adapters: these only. is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: where the adapter was saved before its training, if it started by
+                taking a part of the base (PiSSA, OLoRA, CorDA, LoRA-GA): it is written as LoRA for the untouched base.
             push_to_hub: upload the folder; `repo_id`, `token`, `private`, `commit_message`, `revision` go along.
 
         Raises:
             AdapterFileError: the directory is a file, or cannot be written.
             AdapterNameError: a selected adapter is not there.
         """
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError("path_initial_model_for_weight_conversion is not available yet; leave it out.")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         check_known(names or [self.active_adapter], list(self.peft_config))
         if not is_main_process:
@@ -312,20 +313,28 @@ class PeftModel(nn.Module):
         folder = Path(save_directory)
         if folder.is_file():
             raise AdapterFileError(f"{folder} is a file; a directory is needed to save adapters into.")
+        initial = path_initial_model_for_weight_conversion
         for name in names:
-            self._save(
-                name, folder if name == "default" else folder / name, safe_serialization, save_embedding_layers, kwargs
-            )
+            target = folder if name == "default" else folder / name
+            self._save(name, target, safe_serialization, save_embedding_layers, initial, kwargs)
         card.write(self, folder)
         if push_to_hub:
             upload(folder, **kwargs)
 
     def _save(
-        self, name: str, folder: Path, safe: bool, with_embeddings: bool | Literal["auto"], kwargs: dict[str, Any]
+        self,
+        name: str,
+        folder: Path,
+        safe: bool,
+        with_embeddings: bool | Literal["auto"],
+        initial: str | None,
+        kwargs: dict[str, Any],
     ) -> None:
         given = kwargs.get("state_dict")
         tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=with_embeddings)
         config = save.saved_config(self.peft_config[name])
+        if initial is not None:
+            config, tensors = as_plain(config, tensors, initial)
         model = self.get_base_model()
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)

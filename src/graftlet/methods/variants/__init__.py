@@ -6,13 +6,11 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core.host import hosts
-from ...core.layer import AdaptedLayer
 from ...core.method import Delta, Method, Spec, View
 from ...errors import ConfigError
 from ...weights.site import Site
@@ -134,19 +132,6 @@ def check(config: Any, start: str) -> None:
             f"allowed: {', '.join(kind.starts)}."
         )
     kind.checks(config)
-
-
-def losses(model: nn.Module, kind: type[Wrapper], adapter_names: str | Sequence[str] | None = None) -> Any:
-    """The sum of `kind.loss` over a model's layers, for its active adapters unless some are named."""
-    wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    total: Any = 0.0
-    for _, host in hosts(model):
-        names = host.active_adapters if wanted is None else wanted
-        for name in names if isinstance(host, AdaptedLayer) else ():
-            method = host.methods.get(name)  # type: ignore[attr-defined]
-            if isinstance(method, kind):
-                total = total + method.loss(host.view(name))  # type: ignore[attr-defined]
-    return total
 
 
 def wrapped(inner: Delta, config: Any) -> Method:
