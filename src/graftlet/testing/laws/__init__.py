@@ -39,9 +39,19 @@ def always(case: Case) -> bool:
     return True
 
 
+def mergeable(case: Case) -> bool:
+    """A merged form exists."""
+    return case.merges
+
+
+def weighted(case: Case) -> bool:
+    """The method has a function on the weight."""
+    return not case.replaces
+
+
 def transforms(case: Case) -> bool:
-    """A function on the weight says all that the method does."""
-    return not case.replaces and case.merges
+    """That function says all that the method does."""
+    return weighted(case) and mergeable(case)
 
 
 Law = Callable[[Case], None]
@@ -50,8 +60,8 @@ LAWS: dict[Law, Callable[[Case], bool]] = {
     a_new_adapter_changes_nothing: lambda case: case.starts,
     only_declared_tensors_get_gradients: always,
     forward_is_the_operation_with_the_transformed_weight: transforms,
-    merged_equals_forward_and_unmerging_restores_the_bits: lambda case: case.merges,
-    merging_for_good_leaves_a_bare_model: lambda case: case.merges,
+    merged_equals_forward_and_unmerging_restores_the_bits: mergeable,
+    merging_for_good_leaves_a_bare_model: mergeable,
     what_has_no_merged_form_says_so: lambda case: not case.merges,
     disabled_equals_the_base: always,
     it_works_on_a_half_precision_base: always,
