@@ -24,9 +24,9 @@ from graftlet.helpers import (
     update_signature,
 )
 from graftlet.methods.variants import dora
+from graftlet.testing.benches import BENCHES, layers, learning, perturb
 from graftlet.tuners.lora.intruders import reduce_intruder_dimension
 from graftlet.tuners.tuners_utils import replicate_layers
-from tests.laws.benches import BENCHES, layers, learning, perturb
 from tests.model.models import IDS, llama
 
 PLACES = ["helpers", "tuners.lora", "tuners", "utils", "optimizers", "tuners.lora.intruders", "utils.loftq_utils"]

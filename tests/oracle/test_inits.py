@@ -17,9 +17,9 @@ import graftlet
 import graftlet.tuners.lora as lora
 from graftlet.errors import AdapterFileError, ConfigError, ConversionWarning
 from graftlet.methods.init.loftq import levels, loftq_init, quantised
+from graftlet.testing.benches import BENCHES, perturb, seeded
 from graftlet.utils import replace_lora_weights_loftq
 from graftlet.weights import storage
-from tests.laws.benches import BENCHES, perturb, seeded
 from tests.model.models import IDS, llama
 
 from .reference import peft

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.laws.benches import layers, near
+from graftlet.testing.benches import layers, near
 from tests.laws.cases import Case, cases
 
 from .reference import Pair, adapt, output

@@ -15,7 +15,7 @@ import graftlet
 from graftlet.errors import ConfigError
 from graftlet.methods.variants import monteclora
 from graftlet.methods.variants.monteclora import dirichlet_divergence, gaussian_divergence
-from tests.laws.benches import BENCHES, layers, perturb, seeded
+from graftlet.testing.benches import BENCHES, layers, perturb, seeded
 from tests.model.models import IDS, llama
 
 from .reference import peft

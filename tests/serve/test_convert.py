@@ -14,9 +14,9 @@ from graftlet.core import svd
 from graftlet.core.svd import leading, share
 from graftlet.errors import ConfigError, ConversionError, ConversionWarning
 from graftlet.serve.convert import convert_to_lora, converted, save_as_lora
-from tests.laws.benches import BENCHES, layers, near, perturb, seeded
+from graftlet.testing.benches import BENCHES, layers, near, perturb, seeded
+from graftlet.testing.running import adapted, run
 from tests.laws.cases import REBASED, Case, cases
-from tests.laws.test_laws import adapted, run
 from tests.model.models import IDS, llama
 
 pytestmark = [

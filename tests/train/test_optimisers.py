@@ -16,10 +16,10 @@ from torch import nn
 import graftlet
 from graftlet.errors import ConfigError
 from graftlet.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from graftlet.testing.benches import perturb
 from graftlet.train.optimisers import optimiser_class
 from graftlet.train.recipe import check
 from graftlet.train.run import train
-from tests.laws.benches import perturb
 from tests.model.models import IDS, llama
 
 from . import tiny
