@@ -14,10 +14,12 @@ from graftlet.core.layer import widened
 from graftlet.core.replace import Replacement
 from graftlet.errors import ConfigError, MergeError
 from graftlet.model.peft_model import PeftModel
+from graftlet.testing.benches import layers, near, snapshot
+from graftlet.testing.laws import mergeable
+from graftlet.testing.running import SINGLE, adapted, run, second
 
-from .benches import layers, near, snapshot
 from .cases import Case
-from .test_laws import SINGLE, adapted, linear, mergeable, representative, run, second, table
+from .test_laws import linear, representative, table
 
 pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
 

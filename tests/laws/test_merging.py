@@ -16,11 +16,13 @@ from graftlet.core.merging import Kept
 from graftlet.errors import MergeError
 from graftlet.model.peft_model import PeftModel
 from graftlet.registry import entries
+from graftlet.testing.benches import Around, layers, near, perturb, seeded, snapshot
+from graftlet.testing.laws import mergeable
+from graftlet.testing.running import BRAIN, HALF, SINGLE, adapted, run, second
 from graftlet.weights.residual import residual
 
-from .benches import Around, layers, near, perturb, seeded, snapshot
 from .cases import SETTINGS, Case
-from .test_laws import BRAIN, HALF, SINGLE, adapted, linear, mergeable, representative, run, second, table
+from .test_laws import linear, representative, table
 
 pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.GraftletWarning")
 

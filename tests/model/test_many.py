@@ -14,9 +14,11 @@ from torch import Tensor
 import graftlet
 from graftlet.core.layer import AdaptedLayer
 from graftlet.errors import AdapterNameError
-from tests.laws.benches import layers, near, perturb
+from graftlet.testing.benches import layers, near, perturb
+from graftlet.testing.laws import mergeable, weighted
+from graftlet.testing.running import adapted, run, same, second
 from tests.laws.cases import REBASED, Case
-from tests.laws.test_laws import adapted, linear, mergeable, representative, run, same, second, table, weighted
+from tests.laws.test_laws import linear, representative, table
 
 from .models import IDS, llama, load, logits, lora, save
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import graftlet
 from graftlet.errors import AdapterFileError, MergeError, UnsupportedOptionError
 from graftlet.model.shards import Merge, skeleton_of
-from tests.laws.benches import perturb
+from graftlet.testing.benches import perturb
 
 from .models import gpt2, llama, load, lora, save
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graftlet
 from graftlet.core.arithmetic import RULES, Cut, of_matrices, of_products
-from tests.laws.benches import BENCHES, near, seeded
+from graftlet.testing.benches import BENCHES, near, seeded
 
 from .reference import move, output, peft
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import graftlet
 from graftlet import AdapterCache, AdapterPool
 from graftlet.errors import AdapterFileError, CallError
-from tests.laws.benches import perturb
+from graftlet.testing.benches import perturb
 from tests.model.models import IDS, llama, lora, save
 
 COUNT = 12

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 import graftlet
 from graftlet.core.replace import Replacement
 from graftlet.errors import AdapterFileError, AdapterNameError, CallError, CallWarning, ConfigError, MergeError
+from graftlet.testing.benches import perturb, snapshot
+from graftlet.testing.running import adapted, fresh, run, same
 from graftlet.utils.hotswap import (
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
     prepare_model_for_compiled_hotswap,
 )
-from tests.laws.benches import perturb, snapshot
 from tests.laws.cases import Case
-from tests.laws.test_laws import adapted, fresh, linear, representative, run, same, table
+from tests.laws.test_laws import linear, representative, table
 from tests.model.models import IDS, llama, load, lora, save
 
 pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
