@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from graftlet import AutoPeftModelForCausalLM, __version__
 from graftlet.cli import main
+from graftlet.core.host import hosts
+from graftlet.core.layer import AdaptedLayer
 
 from ..train import tiny
 
@@ -121,6 +123,46 @@ def test_merge(graftlet, trained: Path, tmp_path: Path) -> None:
     assert graftlet("merge", trained, tmp_path / "merged")[0] == 1
     assert graftlet("merge", trained, tmp_path / "merged", "--overwrite", "--dtype", "bfloat16")[0] == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
+
+
+def test_combine(graftlet, trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert graftlet("train", trained.parent / "r.toml", f"output={other}", "seed=3")[0] == 0
+    status, out, err = graftlet("combine", trained, other, "--weights", "0.5,-0.25", "--out", tmp_path / "sum")
+    assert not err
+    assert status == 0
+    assert "0.5 × " in out
+    assert "ranks 8 to 8" in out
+    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "sum")).eval()
+    model.load_adapter(str(trained), "a")
+    model.load_adapter(str(other), "b")
+    for _, layer in adapted_layers(model):
+        one, two, whole = (layer.methods[n].delta(layer.view(n)) for n in ("a", "b", "default"))
+        torch.testing.assert_close(whole, 0.5 * one - 0.25 * two, rtol=0, atol=1e-5)
+    status, out, _ = graftlet(
+        "combine", trained, other, "--search", "--recipe", trained.parent / "r.toml", "--out", tmp_path / "best"
+    )
+    assert status == 0, err
+    losses = [float(line.split()[-1]) for line in out.splitlines() if "held-out loss" in line]
+    chosen = next(line for line in out.splitlines() if " × " in line)
+    assert min(losses) == next(
+        float(line.split()[-1])
+        for line in out.splitlines()
+        if line.startswith(f"weights {', '.join(w.split(' × ')[0] for w in chosen.split(' + '))}:")
+    )
+    for words, said in (
+        (("--weights", "1"), "1 numbers for 2 adapters"),
+        (("--weights", "a,b"), "numbers with commas"),
+        (("--search",), "give --recipe"),
+        (("--kind", "tie"), "did you mean"),
+    ):
+        status, _, err = graftlet("combine", trained, other, *words, "--out", tmp_path / "none")
+        assert status == 1
+        assert said in err
+
+
+def adapted_layers(model):
+    return [(path, host) for path, host in hosts(model) if isinstance(host, AdaptedLayer)]
 
 
 def test_a_base_that_moved(graftlet, trained: Path, base: Path, tmp_path: Path) -> None:

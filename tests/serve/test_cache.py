@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -138,3 +140,11 @@ def test_threads_share_the_places(library: Any) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_the_example_serves_more_than_there_are_places() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, root / "examples/serve_many.py", "20"], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert "400 requests for" in done.stdout

@@ -124,6 +124,31 @@ def merge(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, of one base.")],
+    out: Annotated[Path, typer.Option(help="The folder for the combined adapter.")],
+    weights: Annotated[str | None, typer.Option(help="0.7,0.3: one an adapter. Default: all the same.")] = None,
+    kind: Annotated[str, typer.Option(help="exact, svd, cat, linear, ties, ties_svd, dare_linear, ...")] = "exact",
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank of the result.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or the share of the squared singular values to keep.")] = None,
+    density: Annotated[float | None, typer.Option(help="The share of entries that pruning kinds keep.")] = None,
+    sign: Annotated[str, typer.Option(help="How ties elects a sign: total or frequency.")] = "total",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe, whose held-out examples a search is on.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Find the weights with the least held-out loss.")] = False,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Make one adapter of several: their weighted sum."""
+    _quiet()
+    from . import _combine
+
+    how = _combine.How(kind, rank, energy, density, sign)
+    where = {"base": base, "dtype": dtype, "device": device}
+    _combine.combine(adapters, out, how, weights=weights, recipe=recipe, search=search, where=where)
+
+
+@app.command()
 def inspect(
     adapter: Adapter,
     json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
