@@ -18,6 +18,13 @@ _HOMES = {
     "core.context": "Call using",
     "methods.lora": "LoraConfig LoraRuntimeConfig",
     "methods.variants.arrow": "ArrowConfig",
+    "methods.init.eva": "EvaConfig get_eva_state_dict initialize_lora_eva_weights",
+    "methods.init.loftq": "LoftQConfig",
+    "methods.init.lora_ga": "LoraGAConfig preprocess_loraga",
+    "methods.variants.bdlora": "BdLoraConfig",
+    "methods.variants.kasa": "KasaConfig",
+    "methods.variants.monteclora": "MontecloraConfig",
+    "methods.variants.velora": "VeloraConfig",
     "methods.oft": "OFTConfig",
     "methods.hra": "HRAConfig",
     "methods.ia3": "IA3Config",
@@ -68,14 +75,19 @@ _HOMES = {
     "model.auto": "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForSeq2SeqLM "
     "AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification "
     "AutoPeftModelForQuestionAnswering AutoPeftModelForFeatureExtraction",
+    "model.mixed": "PeftMixedModel",
     "model.mapping": "get_peft_model inject_adapter_in_model",
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
     "model.kv_prefix": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "model.parts": "shift_tokens_right",
     "model.arrow": "create_arrow_model",
+    "serve.cache": "AdapterCache AdapterPool",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
     "model.status": "get_layer_status get_model_status",
+    "model.kappa": "find_kappa_target_modules",
+    "model.loftq": "replace_lora_weights_loftq",
+    "serve.convert": "convert_to_lora save_as_lora",
 }
 _home = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -107,6 +107,8 @@ class PeftConfig:
     peft_type_name: ClassVar[str] = ""
     is_prompt_learning: ClassVar[bool] = False
     not_saved: ClassVar[tuple[str, ...]] = ("runtime_config",)
+    unites: ClassVar[tuple[str, ...]] = ("target_modules",)
+    """Fields with names of modules of which a combination of adapters takes all that one of them has."""
     reads_patterns: ClassVar[bool] = True
     """The keys of `rank_pattern` and `alpha_pattern`, where there are such fields, name ends of paths."""
 

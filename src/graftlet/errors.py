@@ -73,6 +73,12 @@ class MergeError(PeftError):
     code = "merge-refused"
 
 
+class ConversionError(PeftError, TypeError):
+    """An adapter that cannot be written as LoRA."""
+
+    code = "conversion-refused"
+
+
 class CallError(PeftError):
     """A model is called with arguments that do not go together."""
 
@@ -117,6 +123,12 @@ class MergeWarning(PeftWarning):
     """A merge or unmerge that does nothing, or has a side effect."""
 
     code = "merge-state"
+
+
+class ConversionWarning(PeftWarning):
+    """A conversion to LoRA that is not needed."""
+
+    code = "conversion-idle"
 
 
 class TieWarning(PeftWarning):

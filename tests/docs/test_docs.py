@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from graftlet import registry
 from graftlet.knowledge.tables import filled, rows
 
 ROOT = Path(__file__).parents[2]
@@ -34,10 +37,14 @@ def test_generated_tables_are_up_to_date(page):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name)
-def test_python_blocks_run(page, workplace):
-    names: dict = {}
+def test_python_blocks_run(page, workplace, monkeypatch):
+    """As one module, so that its classes can be pickled; the methods that it registers are gone afterwards."""
+    module = ModuleType(f"page_{page.stem.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    list(registry.entries())
+    monkeypatch.setattr(registry, "_table", dict(registry._table))
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
-        exec(compile(block, page.name, "exec"), names)
+        exec(compile(block, page.name, "exec"), module.__dict__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from graftlet import AutoPeftModelForCausalLM, __version__
 from graftlet.cli import main
+from graftlet.core.host import hosts
+from graftlet.core.layer import AdaptedLayer
 
 from ..train import tiny
 
@@ -122,6 +125,46 @@ def test_merge(graftlet, trained: Path, tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
 
 
+def test_combine(graftlet, trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert graftlet("train", trained.parent / "r.toml", f"output={other}", "seed=3")[0] == 0
+    status, out, err = graftlet("combine", trained, other, "--weights", "0.5,-0.25", "--out", tmp_path / "sum")
+    assert not err
+    assert status == 0
+    assert "0.5 × " in out
+    assert "ranks 8 to 8" in out
+    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "sum")).eval()
+    model.load_adapter(str(trained), "a")
+    model.load_adapter(str(other), "b")
+    for _, layer in adapted_layers(model):
+        one, two, whole = (layer.methods[n].delta(layer.view(n)) for n in ("a", "b", "default"))
+        torch.testing.assert_close(whole, 0.5 * one - 0.25 * two, rtol=0, atol=1e-5)
+    status, out, _ = graftlet(
+        "combine", trained, other, "--search", "--recipe", trained.parent / "r.toml", "--out", tmp_path / "best"
+    )
+    assert status == 0, err
+    losses = [float(line.split()[-1]) for line in out.splitlines() if "held-out loss" in line]
+    chosen = next(line for line in out.splitlines() if " × " in line)
+    assert min(losses) == next(
+        float(line.split()[-1])
+        for line in out.splitlines()
+        if line.startswith(f"weights {', '.join(w.split(' × ')[0] for w in chosen.split(' + '))}:")
+    )
+    for words, said in (
+        (("--weights", "1"), "1 numbers for 2 adapters"),
+        (("--weights", "a,b"), "numbers with commas"),
+        (("--search",), "give --recipe"),
+        (("--kind", "tie"), "did you mean"),
+    ):
+        status, _, err = graftlet("combine", trained, other, *words, "--out", tmp_path / "none")
+        assert status == 1
+        assert said in err
+
+
+def adapted_layers(model):
+    return [(path, host) for path, host in hosts(model) if isinstance(host, AdaptedLayer)]
+
+
 def test_a_base_that_moved(graftlet, trained: Path, base: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(trained, tmp_path / "moved", ignore=shutil.ignore_patterns("summary.json", "checkpoints"))
     config = json.loads((moved / "adapter_config.json").read_text())
@@ -144,6 +187,28 @@ def test_inspect(graftlet, trained: Path, tmp_path: Path) -> None:
     assert "<picture>" in (tmp_path / "page.html").read_text()
 
 
+def test_convert_and_compare(graftlet, trained: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        status, out, _ = graftlet("convert", trained, tmp_path / "small", "--rank", 2)
+        assert status == 0
+        assert "model.layers.1.self_attn.v_proj" in out
+        assert "LoRA, " in out
+        assert graftlet("convert", trained, tmp_path / "same", "--energy", "1.0")[0] == 0
+    _, out, _ = graftlet("inspect", "--diff", trained, tmp_path / "same", "--json")
+    facts = json.loads(out)
+    assert all(x["cosine"] == pytest.approx(1, abs=1e-5) for x in facts["layers"])
+    assert all(x["distance"] < 1e-3 * x["norm_first"] for x in facts["layers"])
+    _, out, _ = graftlet("inspect", "--diff", trained, tmp_path / "small", "--json")
+    lost = json.loads(out)
+    assert lost["settings"]["r"] == [4, 2]
+    for layer in lost["layers"]:
+        assert layer["distance"] ** 2 == pytest.approx(layer["norm_first"] ** 2 - layer["norm_second"] ** 2, rel=1e-2)
+    assert "apart" in graftlet("inspect", "--diff", trained, tmp_path / "small")[1]
+    status, _, err = graftlet("convert", trained, tmp_path / "small", "--rank", 2)
+    assert (status, "is taken" in err) == (1, True)
+
+
 def test_methods(graftlet) -> None:
     _, out, _ = graftlet("methods", "--json")
     listed = {m["method"]: m for m in json.loads(out)}
@@ -164,6 +229,8 @@ def test_methods(graftlet) -> None:
         (("merge", "{run}/out", "{run}"), "exists and is not empty"),
         (("merge", "{run}/out", "{run}", "--overwrite"), "holds no model"),
         (("inspect", "{run}"), "can't find 'adapter_config.json'"),
+        (("inspect", "--diff", "{run}", "{run}/out"), "can't find 'adapter_config.json'"),
+        (("convert", "{run}/out", "{run}/x", "--rank", "2", "--energy", "0.5"), "do not go together"),
     ],
 )
 def test_errors_are_one_clean_line(graftlet, trained: Path, words: tuple[str, ...], said: str) -> None:

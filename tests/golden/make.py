@@ -32,6 +32,13 @@ CASES = {
         alpha_pattern={"layers.1.*q_proj": 5}, layers_to_transform=[1], **TASK,
     ),
     "lora-pissa": peft.LoraConfig(r=2, init_lora_weights="pissa", **TASK),
+    "lora-kasa": peft.LoraConfig(r=2, kasa_config=peft.KasaConfig(), **TASK),
+    "lora-velora": peft.LoraConfig(r=2, velora_config=peft.VeloraConfig(num_groups=4), **TASK),
+    "lora-monteclora": peft.LoraConfig(r=2, monteclora_config=peft.MontecloraConfig(num_samples=3), **TASK),
+    "lora-bdlora": peft.LoraConfig(
+        r=2, use_bdlora=peft.BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["v_proj"], nblocks=2), **TASK
+    ),
+    "lora-mica": peft.LoraConfig(r=2, init_lora_weights="mica", **TASK),
     "lora-head": peft.LoraConfig(r=2, modules_to_save=["lm_head"], **TASK),
     "lora-embedding": peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], **TASK),
     "lora-tokens": peft.LoraConfig(r=2, trainable_token_indices=[3, 5], **TASK),

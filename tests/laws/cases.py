@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
 from typing import Any
 
-from graftlet.config import PeftConfig
 from graftlet.core.method import Replace
+from graftlet.methods.variants.bdlora import BdLoraConfig
+from graftlet.methods.variants.kasa import KasaConfig
+from graftlet.methods.variants.monteclora import MontecloraConfig
+from graftlet.methods.variants.velora import VeloraConfig
 from graftlet.registry import Entry, entries
-
-from .benches import BENCHES, Bench
+from graftlet.testing.benches import BENCHES, Bench
+from graftlet.testing.case import Case
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "LORA": {
@@ -22,6 +24,15 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "gaussian": {"r": 4, "init_lora_weights": "gaussian"},
         "pissa": {"r": 4, "init_lora_weights": "pissa"},
         "alora": {"r": 4, "alora_invocation_tokens": [1]},
+        "olora": {"r": 4, "init_lora_weights": "olora"},
+        "orthogonal": {"r": 4, "init_lora_weights": "orthogonal"},
+        "mica": {"r": 4, "init_lora_weights": "mica"},
+        "kasa": {"r": 4, "kasa_config": KasaConfig(beta=0.1, gamma=0.2)},
+        "bdlora-a": {"r": 4, "use_bdlora": BdLoraConfig(target_modules_bd_a=["l"], nblocks=2)},
+        "bdlora-b": {"r": 4, "use_bdlora": BdLoraConfig(target_modules_bd_b=["l"], nblocks=2)},
+        "velora": {"r": 4, "velora_config": VeloraConfig(num_groups=3)},
+        "velora-random": {"r": 4, "lora_bias": True, "velora_config": VeloraConfig(num_groups=4, init_type="random")},
+        "monteclora": {"r": 4, "monteclora_config": MontecloraConfig(num_samples=3, use_entropy=True)},
     },
     "HRA": {"plain": {"r": 4}, "gram-schmidt": {"r": 3, "apply_GS": True}, "odd": {"r": 3}},
     "OFT": {
@@ -120,24 +131,35 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
 CALLS: dict[tuple[str, str], dict[str, Any]] = {("LORA", "alora"): {"alora_offsets": [2, 3, 1, 2]}}
 """What a call needs beside its inputs."""
 
+OTHER: dict[str, dict[str, Any]] = {"TRAINABLE_TOKENS": {"token_indices": [0, 2]}}
+"""What a second adapter must have otherwise to stand beside the first."""
+
 UNMERGED = {("LORA", "alora")}
 """Settings without a merged form although the method has one."""
 
-UNNEUTRAL = {("HRA", "gram-schmidt"), ("HRA", "odd"), ("DEFT", "para")}
+UNNEUTRAL = {("LORA", "kasa"), ("HRA", "gram-schmidt"), ("HRA", "odd"), ("DEFT", "para")}
 """Settings that change the model from the start although the method's default does not."""
 
 CROSSING = {("LORA", "grouped"), ("BEFT", "no-bias")}
 """Adapters that the layer cannot hold: a mix of channels across a convolution's groups, a bias where there is none."""
 
-REBASED = {("LORA", "pissa")}
+REBASED = {("LORA", "pissa"), ("LORA", "olora"), ("LORA", "kasa")}
 """Settings that start by moving a part of the base weight into the adapter."""
 
 _CONVOLUTIONS = {"conv1", "conv2", "conv3", "grouped", "pointwise", "dilated"}
 _EMBEDDINGS = {"embedding", "scaled-embedding", "padded-embedding"}
 _OPAQUE = {"attention", "attention-time-first", "matrix", "experts", "experts-transposed"}
 
+_NOT_LINEAR = _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE
+"""What is refused by variants of LoRA that are made for linear layers."""
+
 REFUSED = {
     ("LORA", "alora"): _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE,
+    **{("LORA", name): _NOT_LINEAR for name in ("kasa", "bdlora-a", "bdlora-b", "velora", "monteclora")},
+    ("LORA", "velora-random"): _NOT_LINEAR | {"no-bias"},
+    ("LORA", "mica"): _CONVOLUTIONS | _OPAQUE,
+    ("LORA", "olora"): _CONVOLUTIONS | _OPAQUE,
+    ("LORA", "orthogonal"): _CONVOLUTIONS | _OPAQUE,
     ("LORA", "pissa"): _CONVOLUTIONS | _OPAQUE,
     ("LORA", "lora_bias"): _EMBEDDINGS | _OPAQUE | {"no-bias"},
     ("ROAD", "plain"): {"grouped"},
@@ -155,53 +177,6 @@ REFUSED = {
 """Settings that a layer rightly refuses: they mean nothing there, or their values do not fit its shape."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One method, with some settings, on one kind of layer."""
-
-    entry: Entry = field(repr=False)
-    setting: str
-    bench: Bench = field(repr=False)
-
-    @property
-    def key(self) -> tuple[str, str]:
-        return self.entry.name, self.setting
-
-    @property
-    def replaces(self) -> bool:
-        """The method swaps whole modules, and has no weight function."""
-        return issubclass(self.entry.method, Replace)
-
-    @property
-    def merges(self) -> bool:
-        """A merged form exists."""
-        crossing = (self.entry.name, self.bench.name) in CROSSING
-        return self.entry.method.unmergeable is None and self.key not in UNMERGED and not crossing
-
-    @property
-    def call(self) -> dict[str, Any]:
-        """What a call needs beside its inputs."""
-        return CALLS.get(self.key, {})
-
-    @property
-    def first(self) -> bool:
-        """The method's own plain settings."""
-        return self.setting == next(iter(settings_of(self.entry)))
-
-    def config(self, **changes: Any) -> PeftConfig:
-        """A new config. Where the format has no field for bare parameters, they are named on the object."""
-        known = {f.name for f in fields(self.entry.config)}
-        targets = {"target_modules": ["l"]} if self.replaces else self.bench.targets
-        values = {**targets, **settings_of(self.entry)[self.setting], **changes}
-        config = self.entry.config(**{k: v for k, v in values.items() if k in known})
-        for name in values.keys() - known:
-            setattr(config, name, values[name])
-        return config
-
-    def __str__(self) -> str:
-        return f"{self.entry.name.lower()}-{self.setting}-{self.bench.name}"
-
-
 def settings_of(entry: Entry) -> dict[str, dict[str, Any]]:
     return SETTINGS.get(entry.name, {"default": {}})
 
@@ -213,4 +188,21 @@ def cases() -> Iterator[Case]:
             for bench in BENCHES.values():
                 fits = issubclass(entry.method, Replace) or bench.kind in entry.sites
                 if fits and bench.name not in REFUSED.get((entry.name, setting), ()):
-                    yield Case(entry, setting, bench)
+                    yield case(entry, setting, bench)
+
+
+def case(entry: Entry, setting: str, bench: Bench) -> Case:
+    """A case with what the tables say of it."""
+    key, known = (entry.name, setting), settings_of(entry)
+    return Case(
+        entry,
+        setting,
+        bench,
+        values=known[setting],
+        other=OTHER.get(entry.name, {}),
+        call=CALLS.get(key, {}),
+        first=setting == next(iter(known)),
+        neutral=key not in UNNEUTRAL,
+        mergeable=key not in UNMERGED and (entry.name, bench.name) not in CROSSING,
+        rebased=key in REBASED,
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 import graftlet
 from graftlet.errors import CallError, CallWarning, ConfigError, MergeError
 from graftlet.model.prompted import CACHES
-from tests.laws.benches import perturb
+from graftlet.testing.benches import perturb
 from tests.model.models import llama, load, lora, save, silent
 
 INVOCATION = [7, 8]

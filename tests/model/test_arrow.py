@@ -14,7 +14,7 @@ from torch import Tensor
 import graftlet
 from graftlet.errors import AdapterFileError, CallError, CallWarning, ConfigError, MergeError
 from graftlet.methods.variants.arrow import direction
-from tests.laws.benches import perturb
+from graftlet.testing.benches import perturb
 from tests.model.models import IDS, facts, llama, logits, lora, same, save, silent
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]

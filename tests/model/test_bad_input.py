@@ -396,3 +396,29 @@ def test_training_after_a_frozen_load_is_explained_by_the_flags(folder):
     assert not model(input_ids=IDS, labels=IDS).loss.requires_grad
     model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
     assert model(input_ids=IDS, labels=IDS).loss.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"use_dora": True, "alora_invocation_tokens": [1]}, "use_dora and alora_invocation_tokens"),
+        ({"use_dora": True, "kasa_config": {"beta": 0.1}}, "kasa_config and use_dora|use_dora and kasa_config"),
+        ({"velora_config": {"num_groups": 2}, "monteclora_config": {"num_samples": 2}}, "do not go together"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias"),
+        ({"kasa_config": {"beta": 0.1}, "init_lora_weights": "pissa"}, "kasa_config does not go with"),
+        ({"r": 3, "init_lora_weights": "orthogonal"}, "even rank; r=3"),
+        ({"r": 4, "rank_pattern": {"q": 3}, "init_lora_weights": "orthogonal"}, "even rank; q=3"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}}, "loftq_bits=3; allowed: 2, 4, 8"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_iter": 0}}, "loftq_iter=0"),
+        ({"init_lora_weights": "pisa"}, "did you mean 'pissa'"),
+    ],
+)
+def test_options_of_lora_that_do_not_go_together_are_refused(values: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        graftlet.LoraConfig(target_modules=["q"], **values)
+
+
+def test_a_pattern_that_an_earlier_one_hides_is_told() -> None:
+    with pytest.warns(graftlet.errors.PatternWarning, match="'layers.0.q' after 'q'"):
+        graftlet.LoraConfig(target_modules=["q"], rank_pattern={"q": 2, "layers.0.q": 4})
+    graftlet.LoraConfig(target_modules=["q"], rank_pattern={"layers.0.q": 4, "q": 2})

@@ -11,7 +11,7 @@ import torch
 import graftlet
 from graftlet import Call, using
 from graftlet.errors import CallError
-from tests.laws.benches import BENCHES, perturb
+from graftlet.testing.benches import BENCHES, perturb
 
 TASKS = torch.tensor([0, 1, 2, 1])
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import graftlet
 from graftlet.errors import AdapterFileError, CallError, ConfigError, MergeError
-from tests.laws.benches import perturb
+from graftlet.testing.benches import perturb
 from tests.model.models import IDS, facts, llama, load, logits, lora, move, same, save, silent
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graftlet
 from graftlet.config import PeftConfig
-from tests.laws.benches import seeded
+from graftlet.testing.benches import seeded
 from tests.laws.cases import Case
 
 peft = pytest.importorskip("peft", reason="the reference is not installed: pip install peft==0.21.2")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from graftlet import PeftModel
-from tests.laws.benches import near
+from graftlet.testing.benches import near
 from tests.laws.cases import Case, cases
 
 from .reference import adapt, move, output, peft
@@ -48,7 +48,7 @@ def test_the_reference_loads_what_graftlet_saves(case: Case, tmp_path: Path) -> 
     ]
     assert not [k for k in missing if not any(part in k for part in MISSED.get(case.entry.name, ()))]
     inputs = case.bench.example()
-    near(output(theirs, inputs), output(ours, inputs), torch.float32, steps=16)
+    near(output(theirs, inputs, case), output(ours, inputs, case), torch.float32, steps=16)
 
 
 @rows()
@@ -57,4 +57,4 @@ def test_graftlet_loads_what_the_reference_saves(case: Case, tmp_path: Path) -> 
     theirs.save_pretrained(str(tmp_path))
     ours = PeftModel.from_pretrained(case.bench.model(), tmp_path).eval()
     inputs = case.bench.example()
-    near(output(ours, inputs), output(theirs, inputs), torch.float32, steps=16)
+    near(output(ours, inputs, case), output(theirs, inputs, case), torch.float32, steps=16)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graftlet
-from tests.laws.benches import BENCHES, Around, seeded
+from graftlet.testing.benches import BENCHES, Around, seeded
 
 from .reference import move, peft
 

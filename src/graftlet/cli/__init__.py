@@ -124,15 +124,68 @@ def merge(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, of one base.")],
+    out: Annotated[Path, typer.Option(help="The folder for the combined adapter.")],
+    weights: Annotated[str | None, typer.Option(help="0.7,0.3: one an adapter. Default: all the same.")] = None,
+    kind: Annotated[str, typer.Option(help="exact, svd, cat, linear, ties, ties_svd, dare_linear, ...")] = "exact",
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank of the result.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Or the share of the squared singular values to keep.")] = None,
+    density: Annotated[float | None, typer.Option(help="The share of entries that pruning kinds keep.")] = None,
+    sign: Annotated[str, typer.Option(help="How ties elects a sign: total or frequency.")] = "total",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe, whose held-out examples a search is on.")] = None,
+    search: Annotated[bool, typer.Option("--search", help="Find the weights with the least held-out loss.")] = False,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+) -> None:
+    """Make one adapter of several: their weighted sum."""
+    _quiet()
+    from . import _combine
+
+    how = _combine.How(kind, rank, energy, density, sign)
+    where = {"base": base, "dtype": dtype, "device": device}
+    _combine.combine(adapters, out, how, weights=weights, recipe=recipe, search=search, where=where)
+
+
+@app.command()
 def inspect(
     adapter: Adapter,
     json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots.")] = None,
+    diff: Annotated[str | None, typer.Option(metavar="OTHER", help="Compare with another adapter.")] = None,
 ) -> None:
-    """Say what an adapter is: method, targets, size, and how large and how varied each layer's change is."""
+    """Say what an adapter is: method, targets, size, and how large and how varied each layer's change is.
+
+    `graftlet inspect --diff A B` says where two adapters differ: settings, and how far apart and how alike their
+    changes are, layer by layer.
+    """
     from . import _inspect
 
-    _inspect.inspect(adapter, json, html)
+    if diff is not None:
+        _inspect.compare(diff, adapter, json)
+    else:
+        _inspect.inspect(adapter, json, html)
+
+
+@app.command()
+def convert(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the LoRA adapter.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank of every layer.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(min=0, max=1, help="The share of each layer's change to keep, 0.95 say.")
+    ] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Write an adapter of any method as a LoRA adapter, and say how much of each layer's change is lost."""
+    _quiet()
+    from . import _convert
+
+    _convert.convert(adapter, out, rank=rank, energy=energy, base=base, dtype=dtype, device=device, overwrite=overwrite)
 
 
 @app.command()

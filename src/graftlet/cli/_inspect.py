@@ -12,6 +12,7 @@ from rich.table import Table
 
 from ..files import write_atomically
 from ..train.anatomy import Facts, anatomy_page, read_anatomy
+from ..train.comparison import compared
 
 
 def inspect(adapter: str, as_json: bool, html: Path | None) -> None:
@@ -27,6 +28,27 @@ def inspect(adapter: str, as_json: bool, html: Path | None) -> None:
     _show(console, facts)
     if html is not None:
         console.print(f"page: {html}", soft_wrap=True)
+
+
+def compare(first: str, second: str, as_json: bool) -> None:
+    """Show where two adapters differ, as tables or as JSON."""
+    facts = compared(first, second)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    console = Console(highlight=False)
+    if facts["settings"]:
+        table = Table("setting", facts["first"], facts["second"], box=None, header_style="dim")
+        for name, values in facts["settings"].items():
+            table.add_row(name, *map(str, values))
+        console.print(table)
+    table = Table("layer", box=None, header_style="dim")
+    for name in ("‖ΔW‖ first", "second", "apart", "alike"):
+        table.add_column(name, justify="right")
+    for x in facts["layers"]:
+        figures = [x[n] for n in ("norm_first", "norm_second", "distance", "cosine")]
+        table.add_row(x["name"], *("-" if f is None else f"{f:.4g}" for f in figures))
+    console.print(table)
 
 
 def _show(console: Console, facts: Facts) -> None:

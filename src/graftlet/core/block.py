@@ -14,7 +14,7 @@ from .around import Block, Held
 from .context import current
 from .host import AdapterHost
 from .method import Spec
-from .tensors import Box, Boxes, Leaf, Networks, adapter_dtype, as_held, split
+from .tensors import Box, Boxes, Leaf, Networks, adapter_dtype, as_held, renamed, split
 
 Tensors = tuple[dict[str, Spec], dict[str, Tensor]]
 
@@ -80,6 +80,11 @@ class BlockHost(AdapterHost):
         if len(here := [n for n in names if n in self.specs]) > 1:
             raise ConfigError(f"{listing(here)} act on whole blocks, which take one adapter at a time; activate one.")
 
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        for held in (self.specs, self.configs, self.numbers):
+            renamed(held, old, new)
+
     def forget(self, name: str) -> None:
         for held in (self.specs, self.configs, self.numbers):
             held.pop(name)
@@ -104,9 +109,9 @@ class BlockHost(AdapterHost):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current()
-        if call is not None and call.rows is not None and not self._disabled:
+        if call is not None and call.rows is not None and not self.off(call):
             raise CallError(f"{type(self.method).__name__} acts on whole blocks, which cannot be mixed in a batch.")
-        names = self.acting()
+        names = self.acting(call)
         if not names:
             return self.base(*args, **kwargs)
         return self.method.call(self.view(names[0]), self.base, args, kwargs)
@@ -121,6 +126,11 @@ class BlockHost(AdapterHost):
 
 class BoxedBlock(Boxes, BlockHost):
     """A block whose adapters stand in boxes, as those of layers do: `shadow_up["default"]`."""
+
+    def rename(self, old: str, new: str) -> None:
+        for box in {split(tensor_name)[0] for tensor_name in self.specs.get(old, ())}:
+            self._box(box).rename(old, new)
+        super().rename(old, new)
 
     def forget(self, name: str) -> None:
         for box in {split(tensor_name)[0] for tensor_name in self.specs[name]}:
@@ -172,6 +182,11 @@ class AdaptedBlock(BlockHost):
             for tensor_name, parameter in self.parked[name]._parameters.items():
                 self._parameters[tensor_name] = parameter
             self.parked.drop(name)
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        self.parked.rename(old, new)
+        self._shown = new if self._shown == old else self._shown
 
     def forget(self, name: str) -> None:
         if self._shown == name:

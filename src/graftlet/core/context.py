@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,22 +22,35 @@ BASE = "__base__"
 """In `adapter_names`: a row that the base model serves alone."""
 
 
+class Home:
+    """What the adapted layers of one model have in common, and no other model's."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One call's facts.
 
     rows: an adapter name for each row of the batch, or None where the model's own choice acts. alone: while one
-        adapter's rows are served, its name, for layers that are read by another layer rather than called.
+        adapter's rows are served, its name, for layers that are read by another layer rather than called. chosen: the
+        adapters that act in a model, whichever are active there; none where it is an empty tuple.
     """
 
     rows: tuple[str, ...] | None = None
     alone: str | None = None
+    chosen: tuple[tuple[Home, tuple[str, ...]], ...] = ()
     values: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
     """What the call carries for methods that ask for it (`Method.carries`), by name: an entry a row of the batch."""
     trail: dict[tuple[str, int], Tensor] = field(default_factory=dict, compare=False)
     """What the blocks of an adapter hand on to each other, by its name and the number of the block that takes it."""
-    known: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = field(default_factory=dict, compare=False)
+    known: dict[Any, Any] = field(default_factory=dict, compare=False)
     """Groups found so far: the layers of a model ask for the same ones."""
+
+    def choice(self, home: Home) -> tuple[str, ...] | None:
+        """The adapters that act in a model; None where those that are active there do."""
+        for one, names in self.chosen:
+            if one is home:
+                return names
+        return None
 
     def groups(self, count: int | None, device: torch.device, exact: bool = False) -> list[tuple[str, Tensor]] | None:
         """Each adapter with the indices of its rows in an input of `count` rows; None where they cannot be told.
@@ -50,6 +63,16 @@ class Call:
         if (count, device) not in self.known:
             self.known[count, device] = self._found(rows, count, device)
         return self.known[count, device]
+
+    def which(self, names: tuple[str, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of an input of `count` rows, those that one of these adapters serves, and the number of the adapter in `names`."""
+        if (names, count, device) not in self.known:
+            groups = dict(self.groups(count, device) or ())
+            rows = torch.cat([groups[n] for n in names])
+            owner = torch.cat([groups[n].new_full(groups[n].shape, i) for i, n in enumerate(names)])
+            order = rows.argsort()
+            self.known[names, count, device] = rows[order], owner[order]
+        return self.known[names, count, device]
 
     def value(self, name: str, count: int) -> Tensor | None:
         """What is carried under a name, for an input of `count` rows; None where nothing fits."""
@@ -116,6 +139,15 @@ def using(call: Call | None) -> Iterator[None]:
         yield
     finally:
         _local.call = before
+
+
+@contextmanager
+def choosing(home: Home, names: tuple[str, ...]) -> Iterator[None]:
+    """Let these adapters act in a model until the block ends: on this thread alone, whichever are active."""
+    call = current() or Call()
+    others = tuple(pair for pair in call.chosen if pair[0] is not home)
+    with using(replace(call, chosen=(*others, (home, names)), known={})):
+        yield
 
 
 class Carrying:

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
 from ..errors import AdapterNameError, MergeError, MergeWarning, listing, nearest, warn
 from ..weights.site import Weighted
-from .context import BASE
+from .context import BASE, Call, Home, current
 from .tensors import Box, Common
 
 
@@ -28,6 +28,7 @@ class AdapterHost(Weighted):
         self._learning: set[str] = set()
         self._disabled = False
         self.merged_adapters: list[str] = []
+        self.home = Home()
 
     @property
     def adapters(self) -> list[str]:
@@ -53,13 +54,30 @@ class AdapterHost(Weighted):
 
     @property
     def disable_adapters(self) -> bool:
-        return self._disabled
+        return self.off(current())
 
-    def acting(self) -> list[str]:
-        """The adapters that a forward applies now, in order: active, held here, and not in the weight already."""
-        if self._disabled:
+    def holds(self, name: str) -> bool:
+        """Whether an adapter is held here."""
+        return name in self.adapters
+
+    def off(self, call: Call | None) -> bool:
+        """Whether the base acts alone."""
+        return self._disabled or (call is not None and call.choice(self.home) == ())
+
+    def acting(self, call: Call | None = None) -> list[str]:
+        """The adapters that a forward applies, in order: held here and active, or chosen for the call.
+
+        Active ones that are in the weight already are left out; chosen ones act on the weight as it was before.
+        """
+        if self.off(call):
             return []
-        return [n for n in self._active if n in self.adapters and n not in self.merged_adapters]
+        if call is not None and (chosen := call.choice(self.home)) is not None:
+            return [n for n in chosen if self.holds(n)]
+        return [n for n in self._active if self.holds(n) and n not in self.merged_adapters]
+
+    def pure(self, call: Call | None) -> bool:
+        """Whether a forward is on the base as it was before any merge."""
+        return self._disabled or (call is not None and call.choice(self.home) is not None)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; they alone can be trained, and not in inference mode."""
@@ -117,11 +135,21 @@ class AdapterHost(Weighted):
 
     def set_requires_grad(self, name: str, requires_grad: bool) -> None:
         """Let an adapter's parameters here learn, or freeze them."""
-        if name not in self.adapters:
+        if not self.holds(name):
             return
-        for parameter in self.trainable(name).values():
+        for parameter in self.parameters_of(name):
             parameter.requires_grad_(requires_grad)
         (self._learning.add if requires_grad else self._learning.discard)(name)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name; which adapters act and learn, and their order, stay as they are."""
+        self._active = [new if n == old else n for n in self._active]
+        self.merged_adapters = [new if n == old else n for n in self.merged_adapters]
+        self._learning = {new if n == old else n for n in self._learning}
+
+    def parameters_of(self, name: str) -> Iterable[nn.Parameter]:
+        """What an adapter trains here."""
+        return self.trainable(name).values()
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters that an adapter trains here, by their key in the file."""
@@ -182,6 +210,13 @@ class Shell(nn.Module):
         return self.inner(*args, **kwargs)
 
 
+def home_of(model: nn.Module) -> Home:
+    """What tells the layers of a model from those of others."""
+    if "_home" not in model.__dict__:
+        model.__dict__["_home"] = Home()
+    return model.__dict__["_home"]
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The model's own module, below every wrapper that stands in for it."""
     while isinstance(module, (AdapterHost, Shell)):
@@ -194,9 +229,29 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
     return ((n, m) for n, m in _walk(model) if isinstance(m, AdapterHost))
 
 
+def standing(model: nn.Module) -> tuple[list[AdapterHost], list[Common]]:
+    """Every wrapper, and every tensor box that layers share, without their paths: quicker than `hosts` and `commons`."""
+    found: dict[int, nn.Module] = {id(model): model}
+    left = [model]
+    while left:
+        for module in left.pop()._modules.values():
+            if module is not None and module._modules and id(module) not in found and type(module) is not Box:
+                found[id(module)] = module
+                left.append(module)
+            elif isinstance(module, Common):
+                found[id(module)] = module
+    kinds = list(found.values())
+    return [m for m in kinds if isinstance(m, AdapterHost)], [m for m in kinds if isinstance(m, Common)]
+
+
 def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:
     """Every tensor box that layers share, with its path."""
     return ((n, m) for n, m in _walk(model) if isinstance(m, Common))
+
+
+def modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model, but not the boxes of adapters."""
+    return (module for _, module in _walk(model))
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

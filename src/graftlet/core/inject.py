@@ -20,7 +20,7 @@ from ..registry import Entry
 from ..weights.site import Parameter, Site
 from .around import Block
 from .block import BlockHost, host_for, started
-from .host import AdapterHost, Shell, commons
+from .host import AdapterHost, Shell, commons, home_of
 from .layer import AdaptedLayer, Branch, relink
 from .method import Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
@@ -141,6 +141,7 @@ class Plan:
         for item in self.items:
             if item.branch is not None and item.branch.rebased is not None and isinstance(item.host, AdaptedLayer):
                 item.host.site.write(item.branch.rebased, None)
+                item.host.rebased.add(self.name)
                 item.branch.rebased = None
 
     def _apply(self, item: Item) -> None:
@@ -153,7 +154,7 @@ class Plan:
             for parent, child in self._stands(item.place, standing):
                 setattr(parent, child, outer)
                 item.made.append((parent, child))
-        item.host = host
+        item.host, host.home = host, home_of(self.model)
         if item.branch is not None and isinstance(host, AdaptedLayer):
             host.attach(self.name, item.branch)
         elif isinstance(host, Replacement):
@@ -292,4 +293,4 @@ def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
 def _inherit(host: AdapterHost, standing: nn.Module) -> None:
     host.train(standing.training)
     if isinstance(standing, AdapterHost):
-        host.set_disabled(standing.disable_adapters)
+        host.set_disabled(standing._disabled)

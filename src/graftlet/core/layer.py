@@ -18,10 +18,12 @@ from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.site import Site
 from .context import BASE, Call, current, using
-from .host import AdapterHost, hosts
-from .method import Method, Spec, Stage, View, Weights
+from .host import hosts
+from .merging import Kept, exactly, write
+from .method import Delta, Method, Spec, Stage, View, Weights
 from .replace import Replacement
-from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, split
+from .scales import Scales
+from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, renamed, split
 
 
 @dataclass
@@ -133,7 +135,7 @@ def widened(W: Tensor, b: Tensor | None) -> Weights:
     return W.to(dtype), None if b is None else b.to(dtype)
 
 
-class AdaptedLayer(AdapterHost, Boxes):
+class AdaptedLayer(Scales, Boxes):
     """A base layer with adapters on one of its weights.
 
     Tensors stand parameter-major (`self.lora_A["default"]`), settings likewise (`self.scaling["default"]`); a method
@@ -152,8 +154,10 @@ class AdaptedLayer(AdapterHost, Boxes):
         self._reads: dict[str, list[tuple[str, str, str | None, Spec]]] = {}
         self.commons: dict[str, dict[str, Common]] = {}
         self._peers = Peers(self)
-        self._saved: tuple[Any, Any] | None = None
+        self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
         self._leaders: dict[str, list[AdaptedLayer]] = {}
+        self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
+        self.cast_input_dtype_enabled = True
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
 
     def __getattr__(self, name: str) -> Any:
@@ -169,6 +173,9 @@ class AdaptedLayer(AdapterHost, Boxes):
     @property
     def adapters(self) -> list[str]:
         return list(self.methods)
+
+    def holds(self, name: str) -> bool:
+        return name in self.methods
 
     @property
     def base(self) -> nn.Module:
@@ -198,6 +205,7 @@ class AdaptedLayer(AdapterHost, Boxes):
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
         self._reads[name] = [(attribute(n), *split(n), spec) for n, spec in branch.specs.items()]
         self._learning.add(name)
+        self.note_scale(name, branch.settings)
 
     def mirror(self, adapter: str, tensor_name: str, source: AdaptedLayer, source_name: str) -> None:
         """Let an adapter's tensor be the transpose of another layer's from now on."""
@@ -215,6 +223,8 @@ class AdaptedLayer(AdapterHost, Boxes):
         for held in (self.methods, self.configs, self.keys, self.commons, self._reads, self._leaders):
             held.pop(name, None)
         self._learning.discard(name)
+        self.rebased.discard(name)
+        self.__dict__.get("first_scaling", {}).pop(name, None)
 
     def _drop(self, attribute_name: str, name: str) -> None:
         box = self._modules.get(attribute_name)
@@ -222,6 +232,16 @@ class AdaptedLayer(AdapterHost, Boxes):
             box.drop(name)
         else:
             self.__dict__[attribute_name].pop(name, None)
+
+    def setting(self, adapter: str, name: str) -> Any:
+        """One setting of an adapter here."""
+        return (self.__dict__[name] if name in self.__dict__ else cast(Box, self._modules[name]))[adapter]
+
+    def shapes(self, adapter: str, p: View) -> dict[str, tuple[int, ...]]:
+        """The shapes that an adapter's tensors have here, by its settings in a view."""
+        method, stack = self.methods[adapter], self.site.stack
+        specs = method.params(self.site, p)
+        return {n: method.stacked(n, s, stack) if stack else s.shape for n, s in specs.items()}
 
     def view(self, name: str, dtype: torch.dtype | None = None) -> View:
         """What a method sees of one adapter; its floating tensors in `dtype` where that is given."""
@@ -243,6 +263,8 @@ class AdaptedLayer(AdapterHost, Boxes):
             whole = dtype is None or isinstance(held, Leaf) or not held.is_floating_point()
             values[called] = held if whole else held.to(dtype)
         values["shared"], values["adapter"], values["peers"] = tuple(shared), name, self._peers
+        if not self.cast_input_dtype_enabled:
+            values["casts"] = False
         return View(self.configs[name], self.site, dtype or kept, values)
 
     def check_together(self, names: list[str]) -> None:
@@ -250,6 +272,21 @@ class AdaptedLayer(AdapterHost, Boxes):
         views = {n: self.view(n) for n in here} if len(here) > 1 else {}
         for name, own in views.items():
             self.methods[name].join(own, [other for other in views.values() if other is not own])
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        for box in self._modules.values():
+            if isinstance(box, Box):
+                box.rename(old, new)
+        named = [self.methods, self.configs, self.keys, self.specs, self.settings, self._reads, self.commons]
+        for held in [*named, self._leaders, *(self.__dict__[s] for s in self.settings[old] if s in self.__dict__)]:
+            renamed(held, old, new)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        boxes: dict[str, Any] = self._modules
+        held = [(boxes[box][name], entry) for _, box, entry, spec in self._reads[name] if spec.trainable]
+        tensors = [tensor if entry is None else tensor[entry] for tensor, entry in held]
+        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
@@ -278,12 +315,12 @@ class AdaptedLayer(AdapterHost, Boxes):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         call = current()
-        if call is not None and call.rows is not None and not self._disabled:
+        if call is not None and call.rows is not None and not self.off(call):
             return self._mixed(call, x, args, kwargs)
-        names = self.acting()
-        if not names and not (self._disabled and self.merged):
+        names, pure = self.acting(call), self.pure(call)
+        if not names and not (pure and self.merged):
             return self.base_layer(x, *args, **kwargs)
-        return self._run(names, x, Base(self, args, kwargs, pure=self._disabled))
+        return self._run(names, x, Base(self, args, kwargs, pure=pure))
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
@@ -311,6 +348,8 @@ class AdaptedLayer(AdapterHost, Boxes):
                 f"with an input of shape {tuple(x.shape)}, whose rows are not the batch's; this layer cannot be mixed."
             )
         whole, parts = Base(self, args, kwargs, pure=True), []
+        if count is not None and (y := self._together(call, groups, x, whole)) is not None:
+            return y
         for name, index in groups:
             if len(groups) > 1 and name in self.methods and (why := self.methods[name].unmixable):
                 raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
@@ -320,12 +359,28 @@ class AdaptedLayer(AdapterHost, Boxes):
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
+    def _together(self, call: Call, groups: list[tuple[str, Tensor]], x: Tensor, whole: Base) -> Tensor | None:
+        """A mixed batch whose adapters are computed all at once; None where their method cannot do that."""
+        names = tuple(name for name, _ in groups if name in self.methods)
+        kinds = {type(self.methods[name]) for name in names}
+        if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
+            return None
+        rows, owner = call.which(names, len(x), x.device)
+        every = len(rows) == len(x)
+        views = [self.view(name) for name in names]
+        added = self.methods[names[0]].grouped(views, x if every else x.index_select(0, rows), owner)
+        if added is None:
+            return None
+        y = whole(x)
+        wide = y.to(torch.promote_types(y.dtype, added.dtype))
+        return (wide + added if every else wide.index_add(0, rows, added.to(wide.dtype))).to(y.dtype)
+
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""
         call = current()
         alone = call.alone if call is not None else None
-        names = self.acting() if alone is None else [alone] if alone in self.methods else []
-        W, b = self._stages(names, Base(self, pure=self._disabled or alone is not None)).weight()
+        names = self.acting(call) if alone is None else [alone] if alone in self.methods else []
+        W, b = self._stages(names, Base(self, pure=self.pure(call) or alone is not None)).weight()
         kept = self.site.weight.dtype
         return self.site.kept(W).to(kept), None if b is None else b.to(kept)
 
@@ -333,7 +388,27 @@ class AdaptedLayer(AdapterHost, Boxes):
 
     def original(self) -> Weights:
         """Weight and bias before anything was merged into them."""
-        return self.site.read() if self._saved is None else self.site.original(self._saved)
+        return self.site.read() if self.kept is None else self.kept.original(self.site)
+
+    @torch.no_grad()
+    def change(self, name: str) -> Weights:
+        """What an adapter alone adds to the original weight and bias, in at least single precision.
+
+        A `Delta` gives its own, not the difference of two rounded weights. The bias is None where it stays as it is.
+        """
+        method, (W, b) = self.methods[name], widened(*self.original())
+        p = self.view(name, W.dtype)
+        if isinstance(method, Delta):
+            return method.apply(p, torch.zeros_like(W), None)
+        changed, bias = method.apply(p, W, b)
+        return changed - self.site.fit(
+            W, changed
+        ), None if bias is b else bias if bias is None or b is None else bias - b
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The change of the weight that an adapter makes, in the layer's own layout."""
+        dW = self.change(adapter)[0].to(self.view(adapter).dtype)
+        return self.site.kept(dW) if dW.shape == self.site.shape else dW
 
     @torch.no_grad()
     def merged_weight(self, names: list[str]) -> Weights:
@@ -364,13 +439,12 @@ class AdaptedLayer(AdapterHost, Boxes):
         if not names:
             return
         self.check_together([*self.merged_adapters, *names])
-        W, b = self.merged_weight([*self.merged_adapters, *names])
+        with exactly(self.site.weight.device):
+            W, b = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")
         self.site.accepts(W)
-        if self._saved is None:
-            self._saved = self.site.save()
-        self.site.write(W, b)
+        self.kept = write(self, (W, b), [*self.merged_adapters, *names])
         self.merged_adapters += names
 
     def part(self, shared: set[int]) -> None:
@@ -381,11 +455,11 @@ class AdaptedLayer(AdapterHost, Boxes):
 
     def unmerge(self) -> None:
         """Bring back the bits that were there before the first merge."""
-        if self._saved is not None:
-            self.site.restore(self._saved)
+        if self.kept is not None:
+            self.kept.restore(self.site)
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
-        self._saved, self.merged_adapters = None, []
+        self.kept, self.merged_adapters = None, []
 
 
 def relink(model: nn.Module, adapter: str) -> None:

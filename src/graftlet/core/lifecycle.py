@@ -14,7 +14,8 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, listing, warn
-from .host import AdapterHost, bare, check_known, commons, hosts
+from .context import choosing
+from .host import AdapterHost, bare, check_known, commons, home_of, hosts, standing
 from .layer import AdaptedLayer
 from .replace import Replacement
 from .tensors import Common, Groups
@@ -32,15 +33,22 @@ def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode:
     Raises `AdapterNameError` where a name is unknown; nothing is changed then.
     """
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    found = list(hosts(model))
-    check_known(names, list({n: None for _, host in found for n in host.adapters}))
-    for _, host in found:
+    found, shared = standing(model)
+    if not all(any(host.holds(name) for host in found) for name in names):
+        check_known(names, adapters_of(model))
+    for host in found if len(names) > 1 else ():
         host.check_together(names)
-    for _, host in found:
+    for host in found:
         host.set_adapter(names, inference_mode)
-    for _, box in commons(model):
+    for box in shared:
         for name in box:
             box.set_requires_grad(name, name in names and not inference_mode)
+
+
+def check_together(model: nn.Module, names: list[str]) -> None:
+    """Raise where adapters cannot act together."""
+    for host in standing(model)[0]:
+        host.check_together(names)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
@@ -64,15 +72,20 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model alone, until the block ends, also where adapters are merged. What learns stays as it is."""
-    before = [(host, host.disable_adapters) for _, host in hosts(model)]
-    try:
-        for host, _ in before:
-            host.set_disabled(True)
+    """The base model alone, until the block ends, also where adapters are merged; on this thread, and no other.
+
+    What learns stays as it is.
+    """
+    with choosing(home_of(model), ()):
         yield
-    finally:
-        for host, was in before:
-            host.set_disabled(was)
+
+
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Give an adapter another name on every layer."""
+    for host in (found := standing(model))[0]:
+        host.rename(old, new)
+    for box in found[1]:
+        box.rename(old, new)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> list[str]:

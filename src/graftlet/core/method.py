@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
+from .algebra import Algebra, solved, together
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,7 +60,7 @@ class View:
 
     dtype: what the adapter computes in. key: the layer's path in the model. training: the layer is in training mode.
     shared: the names of what all layers of the adapter share. adapter: its name. peers: all adapters of the layer, each
-        with its method and its view.
+        with its method and its view. casts: inputs are brought to `dtype`.
     """
 
     config: PeftConfig
@@ -70,6 +71,7 @@ class View:
     shared: tuple[str, ...] = ()
     adapter: str = ""
     peers: Mapping[str, tuple[Method, View]] = {}
+    casts: bool = True
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
         self.__dict__.update(values)
@@ -79,7 +81,7 @@ class View:
 
     def cast(self, x: Tensor) -> Tensor:
         """`x` in the adapter's dtype; look-up indices, and anything under autocast, as they are."""
-        if not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        if not self.casts or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.dtype)
 
@@ -125,7 +127,7 @@ class Stage(Protocol):
     def origin(self) -> Weights: ...
 
 
-class Method:
+class Method(Algebra):
     """Base of all methods that act on a layer.
 
     law: several active adapters add up (`sum`: each delta taken at the original weight), each sees what the one before
@@ -196,6 +198,9 @@ class Method:
         """Raise where an adapter cannot act together with these others on its layer."""
         if others and self.law == "one":
             raise ConfigError(f"{type(self).__name__} on {p.key!r} cannot act beside other adapters; activate one.")
+
+    def meet(self, config: PeftConfig, other: PeftConfig) -> None:
+        """Raise where an adapter cannot stand on the same model as another one, whichever came first."""
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         """The shape of a tensor that serves a stack of experts."""
@@ -298,6 +303,16 @@ class Delta(Method):
         """Dropout on the adapter's input, where the method has one."""
         return x
 
+    def grouped(self, views: Sequence[View], x: Tensor, owner: Tensor) -> Tensor | None:
+        first = views[0]
+        if first.training or not first.site.linear or not x.is_floating_point():
+            return None
+        parts = [f for p in views if (f := self.factored(p)) is not None]
+        biases = [self.delta_bias(p) for p in views]
+        if len(parts) < len(views) or len({f.A.dtype for f in parts}) > 1 or any(b is not None for b in biases):
+            return None
+        return together(first.cast(x), parts, owner)
+
     def update(self, p: View, x: Tensor) -> Tensor:
         """What the adapter adds to the output, for an input that has been through `drop`."""
         return p.site.op(x, self.delta(p), self.delta_bias(p))
@@ -306,6 +321,15 @@ class Delta(Method):
         dW, db = self.delta(p), self.delta_bias(p)
         W = p.site.fit(W, dW) + dW
         return W, b if db is None else (db if b is None else b + db)
+
+    def change(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        return self.apply(p, torch.zeros_like(W), None)[0], self.delta_bias(p)
+
+    def change_bias(self, p: View, weights: Callable[[], Weights]) -> Tensor | None:
+        return self.delta_bias(p)
+
+    def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
+        return W - self.apply(p, torch.zeros_like(W), None)[0]
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return before(x) + self.update(p, self.drop(p, p.cast(x)))
@@ -323,6 +347,12 @@ class InputMap(Method):
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         return p.site.on_rows(lambda rows: self.map(p, rows, transpose=not p.site.maps_output), W), b
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return super().back(p, like)
+        matrix = self.map(p, torch.eye(p.site.basis, dtype=like.dtype, device=like.device), not p.site.maps_output)
+        return lambda W: p.site.on_rows(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         y = p.site.mapped(lambda v: self.map(p, p.cast(v)).to(v.dtype), x, before)
@@ -342,6 +372,12 @@ class OutputMap(Method):
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         site = p.site
         return site.on_out(lambda v: self.map(p, v), W), None if b is None else self.map(p, b)
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return super().back(p, like)
+        matrix = self.map(p, torch.eye(p.site.features_out, dtype=like.dtype, device=like.device))
+        return lambda W: p.site.on_out(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return p.site.on_channels(lambda y: self.map(p, p.cast(y)), before(x))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import CallError, MergeError
 from .context import current
 from .host import AdapterHost
-from .tensors import Box
+from .tensors import Box, renamed
 
 
 class Replacement(AdapterHost):
@@ -37,12 +37,17 @@ class Replacement(AdapterHost):
             names = self.__dict__.get("names")
             if names is None or names[0] not in self.__dict__["_modules"]:
                 raise
-            active = [n for n in self._active if n in self.copies]
-            return getattr(self.copies[active[0]] if active and not self._disabled else self.base, name)
+            active = [n for n in self.acting(current()) if n in self.copies]
+            return getattr(self.copies[active[0]] if active else self.base, name)
 
     @property
     def base(self) -> nn.Module:
         return cast(nn.Module, self._modules[self.names[0]])
+
+    @property
+    def pristine(self) -> nn.Module:
+        """The original, also while a copy is merged."""
+        return self._frozen[0] if self._frozen else self.base
 
     @property
     def copies(self) -> Box:
@@ -70,6 +75,11 @@ class Replacement(AdapterHost):
             for key, parameter in theirs.named_parameters(recurse=False):
                 if getattr(mine, key, None) is not None:
                     setattr(mine, key, parameter)
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        self.copies.rename(old, new)
+        renamed(self._leaders, old, new)
 
     def forget(self, name: str) -> None:
         self.copies.drop(name)
@@ -102,10 +112,10 @@ class Replacement(AdapterHost):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = current()
-        if call is not None and call.rows is not None and not self._disabled:
+        if call is not None and call.rows is not None and not self.off(call):
             return self._mixed(call.rows, args, kwargs)
-        names = self.acting()
-        base = self._frozen[0] if self._disabled and self._frozen else self.base
+        names = self.acting(call)
+        base = self.pristine if self.pure(call) else self.base
         return (self.copies[names[-1]] if names else base)(*args, **kwargs)
 
     def _mixed(self, rows: tuple[str, ...], args: tuple, kwargs: dict) -> Any:
@@ -117,7 +127,7 @@ class Replacement(AdapterHost):
             raise CallError(
                 f"adapter_names has {len(rows)} rows, which cannot be told apart in {type(self.base).__name__}."
             )
-        parts, base = [], self._frozen[0] if self._frozen else self.base
+        parts, base = [], self.pristine
         for name, index in groups:
             module = self.copies[name] if name in self.copies else base  # noqa: SIM401  a Box is no dict
             parts.append(module(*[a.index_select(0, index) if _batched(a, count) else a for a in args], **kwargs))

@@ -60,6 +60,11 @@ def replicate(model: nn.Module, ranges: Ranges | None, adapted: bool) -> bool:
     return True
 
 
+def replicate_layers(model: nn.Module, layer_map: Ranges) -> None:
+    """Rebuild a model's stack of blocks from ranges `[start, end)` of it, in place; the copies share their weights."""
+    replicate(model, layer_map, adapted=False)
+
+
 def restore(model: nn.Module) -> None:
     """Bring back the stack that was there before it was replicated; nothing where it was not."""
     for parent, child, stack in _found(model):

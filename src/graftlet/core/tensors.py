@@ -66,6 +66,16 @@ class Box(nn.Module):
             if not persistent:
                 self._non_persistent_buffers_set.add(name)
 
+    def rename(self, old: str, new: str) -> None:
+        """Hold under `new` what is held under `old`, at the same place among the others."""
+        for held in (self._parameters, self._modules, self._buffers):
+            renamed(held, old, new)
+        if old in self._non_persistent_buffers_set:
+            self._non_persistent_buffers_set.remove(old)
+            self._non_persistent_buffers_set.add(new)
+        if isinstance(mirror := self._modules.get(new), Mirror):
+            mirror.adapter = new
+
     def drop(self, name: str) -> None:
         """Forget `name`, if it is held."""
         for held in (self._parameters, self._modules, self._buffers):
@@ -117,6 +127,10 @@ class Common(Box):
         if adapter not in self:
             self.put(adapter, Leaf())
         self[adapter].put(entry, tensor, spec.persistent)
+
+    def rename(self, old: str, new: str) -> None:
+        super().rename(old, new)
+        renamed(self.specs, old, new)
 
     def forget(self, adapter: str) -> None:
         self.drop(adapter)
@@ -264,6 +278,14 @@ def share(source: Holder, layer: Holder, adapter: str, tensor_name: str) -> None
     tensor = source.tensor(adapter, tensor_name)
     if layer.tensor(adapter, tensor_name) is not tensor:
         layer.put(adapter, tensor_name, tensor, Spec(tuple(tensor.shape)))
+
+
+def renamed(held: dict[str, Any], old: str, new: str) -> None:
+    """Give an entry of a dictionary another key, in place, at its place in the order."""
+    if old in held:
+        items = [(new if key == old else key, value) for key, value in held.items()]
+        held.clear()
+        held.update(items)
 
 
 def split(name: str) -> tuple[str, str | None]:

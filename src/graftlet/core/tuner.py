@@ -4,21 +4,27 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
+from ..registry import lookup
+from . import combine as combining
 from . import lifecycle, replication, ties
 from .around import surrounds
 from .block import BlockHost
-from .host import check_name, hosts
+from .combine import Fit
+from .context import current
+from .host import check_known, check_name, hosts, modules
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Allocator, Method
 from .planning import plan
 from .target import vocabulary
+from .tensors import renamed
 
 
 class BaseTuner(nn.Module):
@@ -43,9 +49,8 @@ class BaseTuner(nn.Module):
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
         self.reading: dict[str, AdaptedLayer] = {}  # a layer of each adapter that goes by tokens (`Method.reach`)
         self.rehearsing: dict[str, AdaptedLayer] = {}  # those that look at a call before it (`Method.rehearse`)
-        self.surrounding: dict[
-            str, BlockHost
-        ] = {}  # a block of each adapter with a say in the whole call (`Block.around`)
+        # a block of each adapter with a say in the whole call (`Block.around`)
+        self.surrounding: dict[str, BlockHost] = {}
         self.controls: dict[str, tuple[AdaptedLayer | BlockHost, str]] = {}  # functions of methods (`Method.controls`)
         self.penalised: list[str] = []  # adapters whose methods have a `penalty`
         self._allocators: dict[str, Allocator | None] = {}
@@ -76,7 +81,7 @@ class BaseTuner(nn.Module):
 
     def _call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         for name, block in self.surrounding.items():
-            if name in block.acting():
+            if name in block.acting(current()):
                 return block.method.around(block.view(name), self.model, args, kwargs)
         return self.model(*args, **kwargs)
 
@@ -84,9 +89,11 @@ class BaseTuner(nn.Module):
         """What the active adapters add to the loss: their distance from what their methods assume of them."""
         found = []
         for name in self.penalised:
-            layers = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting()]
-            penalty = layers[0].methods[name].penalty([h.view(name) for h in layers]) if layers else None
-            found += [] if penalty is None else [penalty]
+            acting = [h for _, h in hosts(self.model) if isinstance(h, AdaptedLayer) and name in h.acting(current())]
+            for kind in dict.fromkeys(type(h.methods[name]) for h in acting):
+                own = [h for h in acting if type(h.methods[name]) is kind]
+                penalty = own[0].methods[name].penalty([h.view(name) for h in own])
+                found += [] if penalty is None else [penalty]
         return found
 
     def update_and_allocate(self, global_step: int) -> None:
@@ -127,6 +134,7 @@ class BaseTuner(nn.Module):
             raise ConfigError(
                 f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
             )
+        self._meet(config)
         adapted, active = bool(lifecycle.adapters_of(self.model)), self.active_adapters or [name]
         before = Before(self.model)
         try:
@@ -151,6 +159,7 @@ class BaseTuner(nn.Module):
         return made
 
     def _note(self, made: Plan) -> None:
+        """What an adapter's methods, variants included, ask of a call and add to its loss."""
         name, methods = made.name, made.methods()
         self.carried = tuple(dict.fromkeys([*self.carried, *(c for m in methods for c in m.carries)]))
         self.penalised += [name] if any(type(m).penalty is not Method.penalty for m in methods) else []
@@ -164,6 +173,14 @@ class BaseTuner(nn.Module):
             self.surrounding[name] = blocks[0]
         self.controls.update({c: (blocks[0], name) for h in blocks[:1] for c in h.method.controls})
         self.controls.update({c: (h, name) for h in reversed(layers) for c in h.methods[name].controls})
+
+    def _meet(self, config: PeftConfig) -> None:
+        """Raise where an adapter cannot stand beside those that are here."""
+        for held in self.peft_config.values():
+            for one, other in ((config, held), (held, config)):
+                method = lookup(one.peft_type).method
+                if issubclass(method, Method):
+                    method().meet(one, other)
 
     def settle(self) -> None:
         """Finish an injection whose tensors are filled by now."""
@@ -192,7 +209,7 @@ class BaseTuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters."""
-        lifecycle.set_adapter(self, adapter_name, inference_mode)
+        lifecycle.set_adapter(self.shared_in[0], adapter_name, inference_mode)
         if any(config.bias != "none" for config in self.peft_config.values()):
             lifecycle.mark_trainable(self.model, {} if inference_mode else self.peft_config)
 
@@ -202,9 +219,21 @@ class BaseTuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         lifecycle.enable_adapters(self.model, False)
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give an adapter another name. Raises `AdapterNameError`, the model as it was."""
+        check_known([old], list(self.peft_config))
+        check_name(new, [n for n in self.peft_config if n != old])
+        lifecycle.rename_adapter(self.shared_in[0], old, new)
+        renamed(self.peft_config, old, new)
+        self.penalised = [new if n == old else n for n in self.penalised]
+        for held in (self.reading, self.rehearsing, self.surrounding):
+            renamed(held, old, new)
+        self.controls = {c: (layer, new if n == old else n) for c, (layer, n) in self.controls.items()}
+        self._allocators.pop(old, None)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its config."""
-        lifecycle.delete_adapter(self, adapter_name)
+        lifecycle.delete_adapter(self.shared_in[0], adapter_name)
         self._forget(adapter_name)
 
     def _forget(self, name: str) -> None:
@@ -215,6 +244,47 @@ class BaseTuner(nn.Module):
         self.rehearsing.pop(name, None)
         self.surrounding.pop(name, None)
         self.controls = {c: held for c, held in self.controls.items() if held[1] != name}
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        energy: float | None = None,
+    ) -> dict[str, Fit]:
+        """Make an adapter of others, weighted; weights may be negative. It is frozen, and not active.
+
+        Args:
+            combination_type: "exact", the weighted sum of the changes of the weights, of the rank that it has, or of
+                `svd_rank`, or of as high a rank as holds the share `energy` of its squared singular values. "svd": the same,
+                by default of the highest rank among the adapters. "cat": the factors side by side. "ties_svd",
+                "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": pruned to `density` first. "linear", "ties",
+                "dare_linear", "dare_ties", "magnitude_prune": A and B each for themselves, which brings products of one
+                adapter's A with another's B. None: "svd" where the adapters have factors, "linear" where their tensors may
+                be added up (IA3), else "exact".
+            svd_clamp: cut off what is beyond this quantile of the factors' entries. svd_driver: of CUDA's decomposition.
+            svd_full_matrices: kept for callers of the reference; it has no effect on the result.
+            majority_sign_method: elect a sign by the "total" or by the "frequency" of signs.
+
+        Returns for each layer the rank, and the distance from the sum as a share of it. Raises `ConfigError`, `MergeError`
+        and `AdapterNameError`, the model as it was.
+        """
+        check_known(adapters, list(self.peft_config))
+        if len(weights) != len(adapters) or len(set(adapters)) != len(adapters):
+            raise ConfigError(f"{len(weights)} weights for adapters {adapters}; one a different adapter is needed.")
+        kind = combination_type or combining.usual(self.model, adapters)
+        cut = combining.Cut(svd_rank, energy, svd_clamp, svd_driver)
+        shares = dict(zip(adapters, weights, strict=True))
+        how = combining.Combination(shares, kind, cut, density, majority_sign_method)
+        return combining.combine(self, how, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""
@@ -251,7 +321,7 @@ class Before:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.flags = [(p, p.requires_grad) for p in model.parameters()]
+        self.flags = [(p, p.requires_grad) for p in base_parameters(model)]
         self.replicated = False
 
     def restore(self) -> None:
@@ -260,6 +330,12 @@ class Before:
             replication.restore(self.model)
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
+
+
+def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that are no adapter's in a box: as many, whatever the number of adapters."""
+    for module in modules(model):
+        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def _untie(model: nn.Module) -> None:

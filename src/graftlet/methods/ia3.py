@@ -7,7 +7,9 @@ convolution.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -29,6 +31,8 @@ class IA3Config(Targets, Excludes, Saves, FanInFanOut, PeftConfig):
         init_ia3_weights: True (ones: no change at first) or False (random).
     """
 
+    unites: ClassVar[tuple[str, ...]] = ("target_modules", "feedforward_modules")
+
     feedforward_modules: Names | None = None
     init_ia3_weights: bool = True
 
@@ -44,6 +48,8 @@ class IA3Config(Targets, Excludes, Saves, FanInFanOut, PeftConfig):
 
 @method("ia3", IA3Config, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class IA3(OutputMap):
+    additive = True
+
     def complete(self, config: PeftConfig, model: nn.Module) -> None:
         assert isinstance(config, IA3Config)
         if config.feedforward_modules is None:
@@ -84,9 +90,15 @@ class Feedforward(IA3):
         return {"ia3_l": Spec((1, site.features_in, *[1] * len(site.kernel)))}
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
+        return self._scaled(p, W, p.ia3_l), b
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda W: self._scaled(p, W, 1 / p.ia3_l)
+
+    def _scaled(self, p: View, W: Tensor, by: Tensor) -> Tensor:
         groups = p.site.groups  # a group's outputs see their own share of the inputs
-        scale = p.ia3_l.reshape(groups, 1, -1, *[1] * len(p.site.kernel))
-        return (W.unflatten(0, (groups, -1)) * scale).flatten(0, 1), b
+        scale = by.reshape(groups, 1, -1, *[1] * len(p.site.kernel))
+        return (W.unflatten(0, (groups, -1)) * scale).flatten(0, 1)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return before(p.site.on_channels(lambda v: self.map(p, p.cast(v)).to(v.dtype), x))

@@ -8,12 +8,13 @@ a column a token; on a stack of experts each has its own rows of A and columns o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..core.algebra import Factors
 from ..core.method import Delta, Holder, Method, Spec, View
 from ..core.target import by_pattern
 from ..core.tensors import share
@@ -23,13 +24,22 @@ from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter
 from .init import Start, initialiser
 from .lora_config import LoraConfig as LoraConfig
 from .lora_config import LoraRuntimeConfig as LoraRuntimeConfig
+from .lora_config import described, plain
 from .variants import wrapped
 
 
 @method("lora", LoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class LoRA(Delta):
+    universal = True
+    scales = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
     def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
         return wrapped(self, config)
+
+    def meet(self, config: PeftConfig, other: PeftConfig) -> None:
+        variant = wrapped(self, config)
+        if variant is not self:
+            variant.meet(config, other)
 
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, LoraConfig)
@@ -99,6 +109,29 @@ class LoRA(Delta):
         if p.lora_bias:
             y = p.site.on_channels(lambda h: h + p.lora_B_bias, y)
         return y * p.scaling
+
+    def factored(self, p: View) -> Factors:
+        A, B = factors(p)
+        if p.site.stack:
+            return Factors(
+                self.unstacked("lora_A", A, p.site.stack), self.unstacked("lora_B", B, p.site.stack), p.scaling
+            )
+        cells = p.site.groups
+        return Factors(A.flatten(1).unflatten(0, (cells, -1)), B.flatten(1).unflatten(0, (cells, -1)), p.scaling)
+
+    def holding(self, like: PeftConfig, ranks: Mapping[str, tuple[int, Site]], bias: bool) -> PeftConfig:
+        return plain(like, {path: r * site.groups for path, (r, site) in ranks.items()}, bias)
+
+    def recorded(self, config: PeftConfig, held: Sequence[View]) -> None:
+        described(config, {p.key: (p.r, float(p.scaling)) for p in held})
+
+    def hold(self, p: View, factors: Factors, bias: Tensor | None) -> None:
+        own = self.factored(p)  # views of the tensors themselves
+        r = factors.A.shape[1]
+        own.A.zero_()[:, :r] = factors.A * (factors.scale / own.scale)
+        own.B.zero_()[:, :, :r] = factors.B
+        if p.lora_bias:
+            p.lora_B_bias.copy_(p.lora_B_bias.new_zeros(()) if bias is None else bias / own.scale)
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:
         rank_first = name == "lora_A.weight"

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..errors import UnsupportedOptionError
+from ..core.target import by_pattern
+from ..errors import PatternWarning, UnsupportedOptionError, warn
 from . import variants
 from .init import initialiser
 from .init.corda import CordaConfig
@@ -86,6 +90,8 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
         self.require(abs(self.lora_alpha) < 1e30, f"lora_alpha={self.lora_alpha!r} overflows single precision.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout!r}; allowed: 0 up to, not with, 1.")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}; allowed: none, all, lora_only.")
+        for name in ("rank_pattern", "alpha_pattern"):
+            _tell_idle(name, getattr(self, name) or {})
         start = initialiser(self.init_lora_weights)
         if start.checks is not None:
             start.checks(self, ranks)
@@ -97,4 +103,47 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
         variants.check(self, start.name)
 
 
+def _tell_idle(name: str, patterns: dict[str, Any]) -> None:
+    """Name a key that an earlier one leaves nothing: the first that matches a layer counts."""
+    for i, key in enumerate(patterns):
+        for earlier in list(patterns)[:i]:
+            if patterns[earlier] != patterns[key] and by_pattern({earlier: True}, key, False):
+                warn(
+                    PatternWarning,
+                    f"{name} has {key!r} after {earlier!r}, which matches all that it does and comes first; put the "
+                    "longer one before it.",
+                    stacklevel=6,
+                )
+
+
 UNSUPPORTED = ("megatron_config", "use_qalora")
+
+
+def plain(like: PeftConfig, ranks: Mapping[str, int], bias: bool) -> LoraConfig:
+    """A config without variants whose factors have these ranks, by layer, and a scaling of 1; else as `like` has it."""
+    r = max(ranks.values(), default=1)
+    other = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != r}
+    kept = {name: getattr(like, name) for name in PLACES}
+    return LoraConfig(r=r, lora_alpha=r, rank_pattern=other, alpha_pattern=dict(other), lora_bias=bias, **kept)
+
+
+def described(config: PeftConfig, layers: Mapping[str, tuple[int, float]]) -> None:
+    """Let a config mean these ranks and scalings, by layer."""
+    ranks = {path: r for path, (r, _) in layers.items()}
+    alphas = {path: round(r * scaling, 6) for path, (r, scaling) in layers.items()}
+    r, alpha = max(ranks.values()), Counter(alphas.values()).most_common(1)[0][0]
+    config.__dict__.update(
+        r=r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        use_rslora=False,
+        rank_pattern={f"^{re.escape(p)}": rank for p, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(p)}": a for p, a in alphas.items() if a != alpha},
+    )
+
+
+PLACES = (
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
+    "layer_replication", "ensure_weight_tying",
+)  # fmt: skip
+"""What a config says of the model, and of where in it an adapter stands."""

@@ -14,6 +14,7 @@ from ..core.target import walk
 from ..core.tuner import BaseTuner
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
 from ..registry import lookup
+from .mixed import PeftMixedModel
 from .origin import base_name
 from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -31,7 +32,7 @@ def get_peft_model(
     """A `PeftModel` (of the class that `task_type` asks for) around `model`, with a new adapter ready to train.
 
     Args:
-        mixed: kept for callers of the reference; methods stand side by side in any model.
+        mixed: return a `PeftMixedModel`; methods stand side by side in any other model too.
         autocast_adapter_dtype: keep adapters of half-precision layers in float32.
         revision: the base's revision, for the record. low_cpu_mem_usage: make the tensors on the meta device.
 
@@ -42,7 +43,7 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     _warn_of_head(model, peft_config)
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(peft_config.task_type), PeftModel)
+    kind = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(peft_config.task_type), PeftModel)
     return kind(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 

@@ -8,7 +8,7 @@ encoders stand beside it in `prompt_encoder`, and `prompting` puts what they mak
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +26,13 @@ from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
+from .many import ManyAdapters
 from .origin import base_name, check_base, upload
 from .parts import as_rows, carry_context
+from .plain import as_plain
 
 
-class PeftModel(nn.Module):
+class PeftModel(ManyAdapters, nn.Module):
     """A base model with one adapter or several.
 
     Args:
@@ -59,7 +61,6 @@ class PeftModel(nn.Module):
         self._active: list[str] = [adapter_name]
         if peft_config.is_prompt_learning:
             self.base_model = model
-            self._prompt_off = False
             prompting.attach(self, adapter_name, peft_config, loading=not _init)
         else:
             self.base_model = tuner = BaseTuner(model, {})
@@ -92,8 +93,10 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The active adapters' names, in order."""
+        """The active adapters' names, in order; for prompt methods, those chosen by `using` on this thread."""
         tuner = self.tuner
+        if tuner is None and (chosen := self._chosen()):
+            return list(chosen)
         return list(self._active) if tuner is None else tuner.active_adapters or list(self._active)
 
     @property
@@ -157,15 +160,6 @@ class PeftModel(nn.Module):
             self.tuner.set_adapter(names, inference_mode)
         self._active = names
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters learn, or freeze them, whether they are active or not."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        check_known(names, list(self.peft_config))
-        if self.tuner is None:
-            prompting.set_requires_grad(self, names, requires_grad)
-        else:
-            lifecycle.set_requires_grad(self.tuner, names, requires_grad)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was active, another one is from then on."""
         check_known([adapter_name], list(self.peft_config))
@@ -177,16 +171,6 @@ class PeftModel(nn.Module):
         self._active = self._active if left else []
         if left and left != self._active:
             self.set_adapter(left, self.peft_config[left[0]].inference_mode)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The base model alone, until the block ends."""
-        if self.tuner is None:
-            with prompting.disabled(self):
-                yield
-        else:
-            with lifecycle.disabled(self.tuner.model):
-                yield
 
     # call
 
@@ -220,7 +204,7 @@ class PeftModel(nn.Module):
         if self.training:
             carry_context(self)
         names = outer.rows if rows is None else tuple(rows)
-        with using(Call(names, outer.alone, {**outer.values, **values})):
+        with using(Call(names, outer.alone, outer.chosen, {**outer.values, **values})):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -249,36 +233,6 @@ class PeftModel(nn.Module):
             model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))  # type: ignore[operator]
         return model
 
-    # merge
-
-    def _layers(self, what: str) -> BaseTuner:
-        if self.tuner is None:
-            raise ConfigError(
-                f"{what} is for methods on layers; {self.peft_type} changes no weight that it could go into."
-            )
-        return self.tuner
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
-        """Write the active (or named) adapters into the base weights. `unmerge_adapter` restores the weights' bits.
-
-        Raises `MergeError`, every weight as it was, where a result is not finite or has no place.
-        """
-        self._layers("merge_adapter").merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Bring the base weights' very bits back."""
-        self._layers("unmerge_adapter").unmerge_adapter()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The base model with adapters merged in and no wrapper left."""
-        return self._layers("merge_and_unload").merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def unload(self) -> nn.Module:
-        """The base model without adapters and wrappers."""
-        return self._layers("unload").unload()
-
     # disk
 
     def save_pretrained(
@@ -297,14 +251,14 @@ class PeftModel(nn.Module):
         Args:
             safe_serialization: False writes `adapter_model.bin` (and removes a safetensors file it would hide behind).
             selected_adapters: these only. is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: where the adapter was saved before its training, if it started by
+                taking a part of the base (PiSSA, OLoRA, CorDA, LoRA-GA): it is written as LoRA for the untouched base.
             push_to_hub: upload the folder; `repo_id`, `token`, `private`, `commit_message`, `revision` go along.
 
         Raises:
             AdapterFileError: the directory is a file, or cannot be written.
             AdapterNameError: a selected adapter is not there.
         """
-        if path_initial_model_for_weight_conversion is not None:
-            raise ConfigError("path_initial_model_for_weight_conversion is not available yet; leave it out.")
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         check_known(names or [self.active_adapter], list(self.peft_config))
         if not is_main_process:
@@ -312,20 +266,28 @@ class PeftModel(nn.Module):
         folder = Path(save_directory)
         if folder.is_file():
             raise AdapterFileError(f"{folder} is a file; a directory is needed to save adapters into.")
+        initial = path_initial_model_for_weight_conversion
         for name in names:
-            self._save(
-                name, folder if name == "default" else folder / name, safe_serialization, save_embedding_layers, kwargs
-            )
+            target = folder if name == "default" else folder / name
+            self._save(name, target, safe_serialization, save_embedding_layers, initial, kwargs)
         card.write(self, folder)
         if push_to_hub:
             upload(folder, **kwargs)
 
     def _save(
-        self, name: str, folder: Path, safe: bool, with_embeddings: bool | Literal["auto"], kwargs: dict[str, Any]
+        self,
+        name: str,
+        folder: Path,
+        safe: bool,
+        with_embeddings: bool | Literal["auto"],
+        initial: str | None,
+        kwargs: dict[str, Any],
     ) -> None:
         given = kwargs.get("state_dict")
         tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=with_embeddings)
         config = save.saved_config(self.peft_config[name])
+        if initial is not None:
+            config, tensors = as_plain(config, tensors, initial)
         model = self.get_base_model()
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = base_name(model)

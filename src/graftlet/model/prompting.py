@@ -7,8 +7,7 @@ In memory the encoders stand in `model.prompt_encoder`, and the base's input emb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..core import lifecycle, state
 from ..core.host import hosts
 from ..core.method import CACHES, Cache, Prompt
 from ..core.planning import plan_saved
-from ..core.tensors import Box
+from ..core.tensors import Box, renamed
 from ..errors import AdapterFileError, ConfigError
 from ..registry import lookup
 from . import prefix, prompted
@@ -127,15 +126,11 @@ def set_requires_grad(model: Any, names: list[str], requires_grad: bool) -> None
             host.set_requires_grad(name, requires_grad)
 
 
-@contextmanager
-def disabled(model: Any) -> Iterator[None]:
-    """The base model alone, until the block ends."""
-    before, model._prompt_off = model._prompt_off, True
-    try:
-        with lifecycle.disabled(model.base_model):
-            yield
-    finally:
-        model._prompt_off = before
+def rename(model: Any, old: str, new: str) -> None:
+    """Give an adapter another name."""
+    model.prompt_encoder.rename(old, new)
+    renamed(model._prompt_configs, old, new)
+    lifecycle.rename_adapter(model.base_model, old, new)
 
 
 def collect(model: Any, name: str) -> dict[str, Tensor]:

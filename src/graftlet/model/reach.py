@@ -72,7 +72,9 @@ def _serving(layers: dict[str, AdaptedLayer]) -> list[tuple[str, AdaptedLayer]]:
         return []
     context = current()
     rows = None if context is None else context.rows
-    return [(name, layer) for name, layer in layers.items() if name in (layer.acting() if rows is None else rows)]
+    return [
+        (name, layer) for name, layer in layers.items() if name in (layer.acting(context) if rows is None else rows)
+    ]
 
 
 def _find(tuner: BaseTuner, readers: list[str], args: tuple, kwargs: dict[str, Any], before: int) -> First:

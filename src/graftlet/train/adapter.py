@@ -42,6 +42,35 @@ class Opened:
         return [*([{"role": "system", "content": said}] if said else []), {"role": "user", "content": asked}]
 
 
+@dataclass
+class Placed:
+    """Where an adapter's base is, and how it is to be loaded. name: as it was asked for. folder: what can be loaded."""
+
+    config: PeftConfig
+    name: str
+    folder: str
+    table: ModelTable
+    summary: dict[str, Any]
+
+    def tokenizer(self, source: str) -> Any:
+        """The adapter's own tokenizer, or the base's."""
+        own = Path(source, "tokenizer_config.json").is_file()
+        return load_tokenizer(source if own else self.folder, self.table)
+
+
+def place_adapter(
+    source: str, base: str | None, dtype: str | None, device: str, report: Callable[[str], None] = lambda _: None
+) -> Placed:
+    """Find an adapter's base. Arguments and errors are those of `open_adapter`."""
+    config, summary = PeftConfig.from_pretrained(source), _summary(source)
+    trained: dict[str, Any] = summary.get("model", {})
+    name = base or _base(config.base_model_name_or_path, trained.get("source"), source)
+    table = ModelTable.model_validate(
+        {"source": name, "dtype": dtype or trained.get("dtype", "auto"), "device": device, "revision": config.revision}
+    )
+    return Placed(config, name, model_folder(name, report), table, summary)
+
+
 def open_adapter(
     source: str,
     base: str | None = None,
@@ -59,22 +88,14 @@ def open_adapter(
     Raises:
         AdapterFileError: no adapter there, or its base is not named or not found.
     """
-    config = PeftConfig.from_pretrained(source)
-    summary = _summary(source)
-    trained: dict[str, Any] = summary.get("model", {})
-    name = base or _base(config.base_model_name_or_path, trained.get("source"), source)
-    table = ModelTable.model_validate(
-        {"source": name, "dtype": dtype or trained.get("dtype", "auto"), "device": device, "revision": config.revision}
-    )
-    folder = model_folder(name, report)
-    own = Path(source, "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(source if own else folder, table)
+    placed = place_adapter(source, base, dtype, device, report)
+    name, tokenizer = placed.name, placed.tokenizer(source)
     with warnings.catch_warnings():
-        if name != config.base_model_name_or_path:  # said on purpose, or the very base at a new place
+        if name != placed.config.base_model_name_or_path:  # said on purpose, or the very base at a new place
             warnings.simplefilter("ignore", BaseMismatchWarning)
-        model: Any = PeftModel.from_pretrained(load_base(folder, table), source)
+        model: Any = PeftModel.from_pretrained(load_base(placed.folder, placed.table), source)
     model.eval()
-    words = summary.get("recipe", {}).get("data", {})
+    words = placed.summary.get("recipe", {}).get("data", {})
     chat = words.get("chat", "auto")
     encoder = Encoder(tokenizer, None if chat == "auto" else chat)
     return Opened(model, encoder, name, _fixed(words.get("system")), _single(words.get("prompt")))

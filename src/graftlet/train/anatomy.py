@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,31 @@ def _tensor(name: str, tensor: Tensor) -> Facts:
     }
 
 
-def _layers(tensors: dict[str, Tensor], config: Facts) -> list[Facts]:
-    found = []
-    for name, first in tensors.items():
+def read_changes(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """What an adapter adds, by layer, as factors B `[out, r]` and A `[r, columns]` in float64; another tensor, `[1, n]`,
+    by its name, as the pair of a one and itself."""
+    tensors, config = _tensors(find_file(source, WEIGHTS)), json.loads(PeftConfig.from_pretrained(source).to_json())
+    found, taken = dict[str, tuple[Tensor, Tensor]](), set[str]()
+    for layer, names in _pairs(tensors):
+        first, second = (tensors[n].double() for n in names)
+        found[layer] = second.reshape(len(second), -1) * _scaling(layer, len(first), config), first.flatten(1)
+        taken |= set(names)
+    for name in tensors.keys() - taken:
+        if tensors[name].is_floating_point():
+            found[name] = torch.ones(1, 1, dtype=torch.float64), tensors[name].double().reshape(1, -1)
+    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
+
+
+def _pairs(tensors: dict[str, Tensor]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The layers of low-rank factors, with the names of A and B."""
+    for name in tensors:
         for a, b in _FACTORS.items():
-            if f".{a}" in name and (second := tensors.get(name.replace(f".{a}", f".{b}"))) is not None:
-                layer = name.split(f".{a}")[0].removeprefix("base_model.model.")
-                found.append(_low_rank(layer, first, second, config))
-    return found
+            if f".{a}" in name and (other := name.replace(f".{a}", f".{b}")) in tensors:
+                yield name.split(f".{a}")[0].removeprefix("base_model.model."), (name, other)
+
+
+def _layers(tensors: dict[str, Tensor], config: Facts) -> list[Facts]:
+    return [_low_rank(layer, tensors[a], tensors[b], config) for layer, (a, b) in _pairs(tensors)]
 
 
 def _low_rank(layer: str, a: Tensor, b: Tensor, config: Facts) -> Facts:

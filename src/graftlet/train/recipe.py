@@ -130,6 +130,10 @@ class TrainingTable(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     optimizer: str = "adamw_torch"
+    """One of transformers' names, or one made for LoRA: loraplus, lorafa, riemannian."""
+    optimizer_options: dict[str, Any] = {}
+    """Of loraplus: `ratio` (16), `embedding_lr`, `base` (AdamW, or any class of torch or bitsandbytes); of riemannian:
+    `reg` (0.01), `base`."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast. Not needed where the model itself is loaded as bfloat16: the adapter is float32 all the same."""
     packing: bool = False

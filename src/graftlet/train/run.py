@@ -21,7 +21,6 @@ from .. import __version__
 from ..errors import ConfigError, MergeError, TrainingInterrupted
 from ..files import write_atomically
 from ..model.auto import AutoPeftModelForCausalLM
-from ..model.mapping import get_peft_model
 from ..model.peft_model import PeftModel
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
@@ -31,7 +30,8 @@ from .recipe import Recipe
 from .report import write_report
 from .score import Score, Scorer
 from .sources import model_folder
-from .trainer import WEIGHTS, AdapterTrainer, training_arguments
+from .starts import Batches, adapted, initial_of
+from .trainer import WEIGHTS, AdapterTrainer, optimizer_maker, training_arguments
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,11 @@ class _Run:
             base = load_base(folder, self.recipe.model)
             set_seed(self.recipe.seed)
             ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
-            self.collate = Collator(data.encoder.tokenizer.pad_token_id, ends)
-            model: Any = get_peft_model(base, config)
+            pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
+            self.collate = Collator(pad, ends)
+            batches = Batches(data.train, Collator(pad), self.recipe.training.batch_size, base.device)
+            model: Any = adapted(base, config, batches, output)
+            self.initial = initial_of(config, output)
         trainer = self._trainer(model, data, device, callbacks)
         facts = self._model_facts(model, folder, threads)
         self._tell_model(facts)
@@ -157,6 +160,7 @@ class _Run:
             train_dataset=data.train,
             eval_dataset=data.validation,
             callbacks=[*own, *callbacks],
+            make_optimizer=optimizer_maker(self.recipe),
         )
         trainer.remove_callback(PrinterCallback)
         if table.packing:
@@ -186,7 +190,7 @@ class _Run:
 
     def _after(self, model: Any, trainer: Any, data: Prepared) -> list[str]:
         with self.stage("save"):
-            model.save_pretrained(self.recipe.output)
+            model.save_pretrained(self.recipe.output, path_initial_model_for_weight_conversion=self.initial)
             data.encoder.tokenizer.save_pretrained(self.recipe.output)
         with self.stage("measure after"):
             self.measure("after training", model, self._loss(trainer))

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..core.method import Allocator
 from ..errors import ConfigError, nearest
 from ..files import find_file
 from ..model.parts import root_of
 from ..model.save import save_tensors, set_peft_model_state_dict
+from .optimisers import NAMES, by_name
 from .recipe import Recipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -25,7 +29,19 @@ CHECKPOINTS = "checkpoints"
 
 
 class AdapterTrainer(Trainer):
-    """A Trainer whose checkpoints hold the adapter alone, and which restores it from them exactly."""
+    """A Trainer whose checkpoints hold the adapter alone, and which restores it from them exactly.
+
+    make_optimizer: of the model; the arguments' own optimiser unless given.
+    """
+
+    def __init__(self, *args: Any, make_optimizer: Callable[[Any], Optimizer] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.make_optimizer = make_optimizer
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None and self.make_optimizer is not None:
+            self.optimizer = self.make_optimizer(self.accelerator.unwrap_model(self.model))
+        return super().create_optimizer(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -106,7 +122,7 @@ def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> Trai
         "warmup_steps": round(table.warmup * steps),
         "weight_decay": table.weight_decay,
         "max_grad_norm": table.max_grad_norm,
-        "optim": table.optimizer,
+        "optim": _optim(recipe),
         "bf16": table.mixed_precision == "bf16",
         "fp16": table.mixed_precision == "fp16",
         **_checkpointing(table.gradient_checkpointing, known),
@@ -130,6 +146,31 @@ def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> Trai
     args = TrainingArguments(**{**values, **table.arguments})
     args._n_gpu = min(args.n_gpu, 1)  # several devices are accelerate's business, one process each
     return args
+
+
+def optimizer_maker(recipe: Recipe) -> Callable[[Any], Optimizer] | None:
+    """What makes the recipe's optimiser, where it is one of ours."""
+    table = recipe.training
+    if table.optimizer not in NAMES:
+        return None
+    rest = table.learning_rate, table.weight_decay, table.optimizer_options
+    return lambda model: by_name(table.optimizer, model, *rest)
+
+
+def _optim(recipe: Recipe) -> str:
+    """transformers' name for the recipe's optimiser; its default where the optimiser is one of ours."""
+    name, known = recipe.training.optimizer, [o.value for o in OptimizerNames]
+    if name in NAMES:
+        return OptimizerNames.ADAMW_TORCH.value
+    place = recipe.place("training", "optimizer")
+    if name not in known:
+        raise ConfigError(f"{place} = {name!r}: there is no such optimiser{nearest(name, [*known, *NAMES]) or '.'}")
+    if recipe.training.optimizer_options:
+        raise ConfigError(
+            f"{recipe.place('training', 'optimizer_options')}: these are for {', '.join(NAMES)}; options of {name!r} go "
+            "into training.arguments.optim_args."
+        )
+    return name
 
 
 def _checkpointing(on: bool, known: set[str]) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class Site:
 
     kinds: ClassVar[tuple[str, ...]] = ()
     opaque: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    """The operation is a product with the weight, on the input's last dimension."""
     stack: int = 0
     groups: int = 1
     maps_output: ClassVar[bool] = False
@@ -171,6 +173,14 @@ class Site:
         """The layer's output with its input mapped, or None where only the weight can be mapped."""
         return before(function(x))
 
+    def cells(self, weight: Tensor) -> Tensor:
+        """A weight as matrices, `[cells, out, columns]`: one, or one a group of a convolution or expert of a stack."""
+        return weight if self.stack else weight.flatten(1)[None]
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows `[cells, n, columns]` of such matrices over the inputs of all groups: zeros where a group does not look."""
+        return rows
+
     def fit(self, weight: Tensor, like: Tensor) -> Tensor:
         """A weight in the form that a delta of the shape of `like` can be added to."""
         return weight
@@ -196,6 +206,7 @@ class Linear(Site):
     """`nn.Linear` and its kin: y = x W^T + b."""
 
     kinds = ("torch.nn.modules.linear.Linear",)
+    linear = True
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)
@@ -267,6 +278,18 @@ class Conv(Site):
         for g, (rows, columns) in enumerate(self._blocks(like)):
             dense[rows, columns] = weight.chunk(self.groups)[g]
         return dense
+
+    def cells(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).unflatten(0, (self.groups, -1))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        if rows.shape[2] == self.features_in * torch.Size(self.kernel).numel():
+            return rows
+        own = rows.unflatten(2, (-1, *self.kernel))
+        wide = own.new_zeros((*own.shape[:2], self.features_in, *self.kernel))
+        for g, part in enumerate(own):
+            wide[g, :, g * part.shape[1] : (g + 1) * part.shape[1]] = part
+        return wide.flatten(2)
 
     def kept(self, canonical: Tensor) -> Tensor:
         if canonical.shape == self.weight.shape:

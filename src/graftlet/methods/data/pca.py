@@ -7,6 +7,8 @@ Of n rows so far: mean m, singular values S, directions V. A batch X of b rows w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -53,15 +55,20 @@ class Directions:
         _, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
         self.S, self.V = S[: self.k], _signed(Vh[: self.k])
 
+    def state(self) -> dict[str, Any]:
+        """All that has been found, for `restore`."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("k", "tau")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        if "V" in state and len(state["V"]) != self.k:
+            return  # found for another rank
+        self.__dict__.update(state)
+
     @property
     def shares(self) -> Tensor:
         """The share of the rows' whole variance that each direction explains."""
         return self.S**2 / self.spread.sum()
-
-    @property
-    def deviations(self) -> Tensor:
-        """The rows' standard deviation along each direction."""
-        return self.S / (self.count - 1) ** 0.5
 
 
 def _signed(V: Tensor) -> Tensor:

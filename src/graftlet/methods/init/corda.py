@@ -56,6 +56,7 @@ class CordaConfig:
     rebases=True,
     bounded=True,
     needs="preprocess_corda(model, config, run_model), on the base model",
+    before=lambda model, config, batches: preprocess_corda(model, config, batches),
 )
 def corda(p: View, A: Tensor, B: Tensor) -> Tensor:
     """The pair from the directions that `preprocess_corda` left on the layer."""

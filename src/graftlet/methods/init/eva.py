@@ -8,8 +8,10 @@ variance are kept, at most rho r of a layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -36,7 +38,7 @@ class EvaConfig:
         rho: a layer's rank may become up to rho times `r`; 1 keeps all ranks as they are.
         tau: a layer's directions are found when a batch turns none by more than the angle of this cosine.
         use_label_mask, label_mask_value: leave tokens out whose label is this value.
-        whiten: divide each direction by the inputs' standard deviation along it.
+        whiten: divide each direction by the root of its singular value.
         adjust_scaling_factors: change alpha along with a layer's rank, so that alpha / r stays.
     """
 
@@ -54,7 +56,12 @@ class EvaConfig:
             raise ConfigError(f"EvaConfig: tau={self.tau}; allowed: 0 to 1.")
 
 
-@start("eva")
+@start(
+    "eva",
+    after=lambda model, name, batches: initialize_lora_eva_weights(
+        model, batches, adapter_name=name, show_progress_bar=False
+    ),
+)
 def eva(p: View, A: Tensor, B: Tensor) -> None:
     """The ordinary start, until `initialize_lora_eva_weights` has seen data."""
     zero_start(p, A, B)
@@ -97,6 +104,7 @@ def get_eva_state_dict(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
+    cache_file: str | Path | None = None,
 ) -> dict[str, Tensor]:
     """The first directions of each layer's inputs, `[rank, in]`, by the layer's path; a rank may be 0.
 
@@ -106,7 +114,8 @@ def get_eva_state_dict(
         peft_config: which layers, at what rank; read off the adapter `adapter_name` unless given.
         forward_fn: calls the model with a batch. prepare_model_inputs_fn: from a batch and the config, what
             prepare_layer_inputs_fn (one, or one a layer) gets beside a layer's input and path, to give rows `[n, in]`.
-        gather_distributed_inputs: see the rows of all processes.
+        gather_distributed_inputs: see the rows of all processes. show_progress_bar: count the layers that have settled.
+        cache_file: keep what was found here, after each pass over the data, and go on from it where it is there.
 
     Raises:
         ConfigError: the data is empty, or never reaches a layer.
@@ -129,7 +138,8 @@ def get_eva_state_dict(
         with watching(left, take), disabled(model):
             batch() if callable(batch) else forward_fn(model, batch)
 
-    _until_settled(dataloader, run, found)
+    with _progress(found, show_progress_bar) as tell:
+        _until_settled(dataloader, run, found, tell, cache_file)
     return _shared_out(config, options, found)
 
 
@@ -137,17 +147,45 @@ def _most(config: Any, options: EvaConfig, path: str, features: int) -> int:
     return min(features, math.floor(rank_of(config, path) * options.rho))
 
 
-def _until_settled(data: Data, run: Callable[[Any], None], found: Mapping[str, Directions]) -> None:
+def _until_settled(
+    data: Data,
+    run: Callable[[Any], None],
+    found: Mapping[str, Directions],
+    tell: Callable[[], None],
+    cache: str | Path | None,
+) -> None:
     """Go through the data, again where it can be gone through again, until no layer's directions turn any more."""
+    if cache is not None and Path(cache).exists():
+        for path, state in torch.load(cache, map_location="cpu", weights_only=True).items():
+            if path in found:
+                found[path].restore(state)
     while not all(d.settled for d in found.values()):
         before = sum(d.count for d in found.values())
         for batch in [data] if callable(data) else data:
             run(batch)
+            tell()
             if all(d.settled for d in found.values()):
                 break
+        if cache is not None:
+            torch.save({path: d.state() for path, d in found.items()}, cache)
         if sum(d.count for d in found.values()) == before:
             break  # data that is used up, or too few rows for a direction
     check_all_seen(found, [k for k, d in found.items() if d.count])
+
+
+@contextmanager
+def _progress(found: Mapping[str, Directions], shown: bool) -> Iterator[Callable[[], None]]:
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=len(found), desc="eva: layers settled", unit="layer") as bar:
+
+        def tell() -> None:
+            bar.update(sum(d.settled for d in found.values()) - bar.n)
+
+        yield tell
 
 
 def _gathered(rows: Tensor) -> Tensor:
@@ -166,7 +204,7 @@ def _shared_out(config: Any, options: EvaConfig, found: Mapping[str, Directions]
     shares = [(float(s), -i, path) for path, d in found.items() for i, s in enumerate(d.shares)]
     chosen = [path for _, _, path in sorted(shares, reverse=True, key=lambda s: s[:2])[:budget]]
     ranks = {path: chosen.count(path) for path in found}
-    scaled = {k: d.V / d.deviations[:, None] if options.whiten else d.V for k, d in found.items()}
+    scaled = {k: d.V / d.S.sqrt()[:, None] if options.whiten else d.V for k, d in found.items()}
     return {path: V[: ranks[path]].contiguous() for path, V in scaled.items()}
 
 
@@ -181,6 +219,7 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
     show_progress_bar: bool = True,
+    cache_file: str | Path | None = None,
 ) -> None:
     """Start an adapter's A by what `get_eva_state_dict` finds (or is given), and give its layers their new ranks.
 
@@ -192,7 +231,7 @@ def initialize_lora_eva_weights(
         assert dataloader is not None
         eva_state_dict = get_eva_state_dict(
             model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
-            gather_distributed_inputs, show_progress_bar,
+            gather_distributed_inputs, show_progress_bar, cache_file,
         )  # fmt: skip
     layers = {path: h for path, h in hosts(model) if isinstance(h, AdaptedLayer) and adapter_name in h.methods}
     given = {path: _directions(path, h.keys[adapter_name], eva_state_dict) for path, h in layers.items()}
@@ -211,10 +250,15 @@ def _apply(layer: AdaptedLayer, name: str, A: Tensor) -> None:
     key, rank = layer.keys[name], len(A)
     was, alpha = rank_of(config, key), by_pattern(config.alpha_pattern, key, config.lora_alpha)
     if rank != was:
-        config.rank_pattern = {**(config.rank_pattern or {}), key: rank}
+        config.rank_pattern = _first(config.rank_pattern, key, rank)
         if rank and (config.eva_config or EvaConfig()).adjust_scaling_factors:
-            config.alpha_pattern = {**(config.alpha_pattern or {}), key: alpha * rank / was}
+            config.alpha_pattern = _first(config.alpha_pattern, key, alpha * rank / was)
         remake(layer, name)
     p = layer.view(name)
     p.lora_A.copy_(A)
     p.lora_B.zero_()
+
+
+def _first(patterns: Mapping[str, Any] | None, key: str, value: Any) -> dict[str, Any]:
+    """The patterns with a layer's own entry before all others: the first that matches counts."""
+    return {key: value, **{k: v for k, v in (patterns or {}).items() if k != key}}

@@ -7,9 +7,10 @@ the weight's largest singular value over B's, "unit" 1; "gd_scale" divides both 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ...core.method import View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
-from ..data.stream import check_all_seen, keep, kept, linear_layers, rank_of, used
+from ..data.stream import call, check_all_seen, keep, kept, linear_layers, rank_of, used
 from . import start
 from .spectral import readable, without
 
@@ -55,6 +56,7 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit")
     sites=(Linear,),
     rebases=True,
     needs="preprocess_loraga(model, config, train_step), on the base model",
+    before=lambda model, config, batches: preprocess_loraga(model, config, partial(_backward, model, batches)),
 )
 def lora_ga(p: View, A: Tensor, B: Tensor) -> Tensor:
     """The pair from the gradient's directions that `preprocess_loraga` left on the layer."""
@@ -78,6 +80,11 @@ def lora_ga(p: View, A: Tensor, B: Tensor) -> Tensor:
     B.copy_(second)
     used(p.site, "lora_ga")
     return without(p, W, A, B)
+
+
+def _backward(model: nn.Module, batches: Iterable[Any]) -> None:
+    for batch in batches:
+        call(model, batch).loss.backward()
 
 
 def _chosen(direction: str, r: int) -> tuple[list[int], list[int]]:

@@ -29,5 +29,5 @@ def orthogonal(p: View, A: Tensor, B: Tensor) -> None:
     wide = torch.float32 if A.dtype.itemsize < 4 else A.dtype
     made = {"dtype": wide, "device": A.device}
     Q, _ = torch.linalg.qr(torch.randn(p.r, p.r, **made))
-    A.copy_(Q[0::2].T @ torch.randn(p.r // 2, A.shape[1], **made) / 10)
-    B.copy_(torch.randn(B.shape[0], p.r // 2, **made) @ Q[1::2] / 10)
+    A.copy_((torch.randn(A.shape[1], p.r // 2, **made) @ Q[0::2]).T / 10)
+    B.copy_(torch.randn(p.r // 2, B.shape[0], **made).T @ Q[1::2] / 10)

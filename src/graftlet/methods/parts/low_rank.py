@@ -7,6 +7,7 @@ import math
 
 from torch import Tensor
 
+from ...core.algebra import Factors
 from ...core.method import Delta, View
 from ...weights.site import Site
 
@@ -21,6 +22,12 @@ class LowRank(Delta):
     def delta(self, p: View) -> Tensor:
         A, B = self.factors(p)
         return shaped(p.site, B @ A)
+
+    def factored(self, p: View) -> Factors | None:
+        if p.site.stack or p.site.groups > 1:
+            return None  # each matrix of a stack, and each group, has factors of its own
+        A, B = self.factors(p)
+        return Factors(A[None], B[None])
 
     def update(self, p: View, x: Tensor) -> Tensor:
         return through(p.site, x, *self.factors(p))

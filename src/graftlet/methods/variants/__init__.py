@@ -6,13 +6,12 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...core.host import hosts
-from ...core.layer import AdaptedLayer
+from ...core.algebra import Factors
 from ...core.method import Delta, Method, Spec, View
 from ...errors import ConfigError
 from ...weights.site import Site
@@ -78,6 +77,9 @@ class DeltaWrapper(Wrapper, Delta):
     def delta(self, p: View) -> Tensor:
         return self.inner.delta(self.seen(p))
 
+    def factored(self, p: View) -> Factors | None:
+        return self.inner.factored(self.seen(p))
+
     def delta_bias(self, p: View) -> Tensor | None:
         return self.inner.delta_bias(p)
 
@@ -134,19 +136,6 @@ def check(config: Any, start: str) -> None:
             f"allowed: {', '.join(kind.starts)}."
         )
     kind.checks(config)
-
-
-def losses(model: nn.Module, kind: type[Wrapper], adapter_names: str | Sequence[str] | None = None) -> Any:
-    """The sum of `kind.loss` over a model's layers, for its active adapters unless some are named."""
-    wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-    total: Any = 0.0
-    for _, host in hosts(model):
-        names = host.active_adapters if wanted is None else wanted
-        for name in names if isinstance(host, AdaptedLayer) else ():
-            method = host.methods.get(name)  # type: ignore[attr-defined]
-            if isinstance(method, kind):
-                total = total + method.loss(host.view(name))  # type: ignore[attr-defined]
-    return total
 
 
 def wrapped(inner: Delta, config: Any) -> Method:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.init import kaiming_uniform_
 
 from ...config import PeftConfig
 from ...core.method import Spec, View
@@ -74,6 +75,12 @@ class BdLoRA(DeltaWrapper):
             rows, columns = specs[name].shape
             specs[name] = Spec((rows, columns // p.use_bdlora.nblocks))
         return specs
+
+    def init(self, p: View) -> Tensor | None:
+        rebased = self.inner.init(p)
+        if p.blocked == "A" and p.init_lora_weights is True:
+            kaiming_uniform_(p.lora_A)  # each output of A has fewer inputs, and starts larger
+        return rebased
 
     def seen(self, p: View) -> View:
         if not p.blocked:

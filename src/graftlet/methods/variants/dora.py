@@ -6,8 +6,11 @@ m holds one magnitude an output; the norm is over each output's weights and is a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.method import Rewrite, Spec, Stage, View, Weights
 from ...weights.site import Conv, Site
@@ -21,7 +24,7 @@ class DoRA(Wrapper, Rewrite):
     """The wrapper of any `Delta`."""
 
     law = "chain"
-    excludes = ("lora_bias",)
+    excludes = ("lora_bias", "alora_invocation_tokens", "arrow_config")
 
     def params(self, site: Site, p: View) -> dict[str, Spec]:
         shape = (1, site.features_out, *[1] * len(site.kernel)) if isinstance(site, Conv) else (site.features_out,)
@@ -56,16 +59,28 @@ class DoRA(Wrapper, Rewrite):
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         """The base's output, turned by the gain; what dropout takes away, it takes from the adapter's own part."""
-        W, b = before.weight()
-        gain = self._gain(p, self.inner.transform(p, W, None)[0])
+        gain = self._kept_gain(p, before)
         whole = p.cast(x)
         dropped = self.inner.drop(p, whole)
         y, update = before(x), self.inner.update(p, dropped)
         if dropped is whole:
+            b = before.bias()
             plain = y if b is None else p.site.on_channels(lambda v: v - b, y)
         else:
-            plain = p.site.op(dropped, W.to(dropped.dtype))
+            plain = p.site.op(dropped, before.weight()[0].to(dropped.dtype))
         return y + p.site.on_channels(lambda v: v * (gain - 1), plain) + p.site.on_channels(lambda v: v * gain, update)
+
+    def _kept_gain(self, p: View, before: Stage) -> Tensor:
+        """The gain on the weight before; under `DoraCaching` as it was found, while no tensor has changed since."""
+        mark = _mark(p, before)
+        found = None if mark is None else _gains.get(p.lora_magnitude_vector)
+        if found is not None and found[0] == mark:
+            return found[1]
+        gain = self._gain(p, self.inner.transform(p, before.weight()[0], None)[0])
+        if mark is not None:
+            with torch.inference_mode(False):  # found in inference mode, it may be read outside of it
+                _gains[p.lora_magnitude_vector] = (mark, gain.detach().clone())
+        return gain
 
     def _gain(self, p: View, adapted: Tensor) -> Tensor:
         return p.lora_magnitude_vector.flatten() / row_norm(adapted).detach()
@@ -74,3 +89,50 @@ class DoRA(Wrapper, Rewrite):
 def row_norm(W: Tensor) -> Tensor:
     """The norm of each output's weights, `[out]`."""
     return W.flatten(1).norm(dim=1)
+
+
+class DoraCaching:
+    """Keep DoRA's norms in evaluation: each layer's is found once, not in every call, and its weight is not read again.
+
+        with DoraCaching():             # until the block ends
+            model(**inputs)
+        DoraCaching()(enabled=True)     # from now on
+
+    What was found is dropped when the adapter or the weight changes. In training nothing is kept.
+    """
+
+    on = False
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled, self._before = enabled, False
+
+    def __call__(self, enabled: bool = True) -> None:
+        _turn(enabled)
+
+    def __enter__(self) -> DoraCaching:
+        self._before = DoraCaching.on
+        _turn(self.enabled)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _turn(self._before)
+
+
+_gains = WeakTensorKeyDictionary()
+"""The gains that are kept, by magnitude: what they were found from, and the gain."""
+
+
+def _turn(on: bool) -> None:
+    DoraCaching.on = on
+    if not on:
+        _gains.clear()
+
+
+def _mark(p: View, before: Stage) -> tuple[Any, ...] | None:
+    """What a gain depends on, by place and version; None where nothing is to be kept."""
+    if not DoraCaching.on or p.training or torch.compiler.is_compiling() or not before.pristine:
+        return None
+    tensors = [t for t in p.__dict__.values() if isinstance(t, Tensor)] + [p.site.weight]
+    if any(t.is_inference() for t in tensors):
+        return None
+    return (p.scaling, *((t.data_ptr(), t._version) for t in tensors))

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...config import PeftConfig
 from ...core.method import Spec, View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
 from ..init.spectral import readable
-from . import DeltaWrapper, losses, variant
+from . import DeltaWrapper, variant
 
 
 @dataclass(kw_only=True)
@@ -39,6 +39,22 @@ class KaSA(DeltaWrapper):
     sites = (Linear,)
     starts = ("True", "False", "gaussian", "orthogonal", "eva")  # the others need the weight for themselves
 
+    def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
+        settings = super().settings(site, config, key)
+        if settings["r"] >= min(site.shape):
+            raise ConfigError(
+                f"kasa_config needs r < {min(site.shape)} on {key!r}, so that something is left of the weight; "
+                f"r={settings['r']} was given. Lower it there by rank_pattern."
+            )
+        return settings
+
+    def meet(self, config: PeftConfig, other: PeftConfig) -> None:
+        if getattr(other, "kasa_config", None) is None:
+            raise ConfigError(
+                f"an adapter with kasa_config trains on a part of the base's weights, one of {other.peft_type} without it "
+                "on the whole; they cannot stand on one model."
+            )
+
     def params(self, site: Site, p: View) -> dict[str, Spec]:
         return {**self.inner.params(site, p), "lora_diag": Spec((p.r,))}
 
@@ -46,7 +62,7 @@ class KaSA(DeltaWrapper):
         self.inner.init(p)
         p.lora_diag.normal_()
         U, S, Vh = torch.linalg.svd(readable(p, "True"), full_matrices=False)
-        kept = max(len(S) - p.r, 0)
+        kept = len(S) - p.r
         return (U[:, :kept] * S[:kept]) @ Vh[:kept]
 
     def derived(self, config: PeftConfig) -> bool:
@@ -55,6 +71,9 @@ class KaSA(DeltaWrapper):
     def seen(self, p: View) -> View:
         return p.over({"lora_B": p.lora_B * p.lora_diag})
 
+    def penalty(self, views: Sequence[View]) -> Tensor:
+        return torch.stack([self.loss(p) for p in views]).sum()
+
     def loss(self, p: View) -> Tensor:
         """What this layer adds to the loss."""
         A, B, d = p.lora_A, p.lora_B, p.lora_diag
@@ -62,8 +81,3 @@ class KaSA(DeltaWrapper):
         skew = torch.linalg.matrix_norm(B.T @ B - one) + torch.linalg.matrix_norm(A @ A.T - one)
         options = p.kasa_config
         return options.beta * d.square().sum() + options.gamma * skew
-
-
-def kasa_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> Any:
-    """What the KaSA adapters of a model (the active ones unless named) add to its loss; 0.0 where there are none."""
-    return losses(model, KaSA, adapter_names)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D as TransposedLinear
 
-from graftlet.core.host import commons, hosts
-from graftlet.core.layer import AdaptedLayer
-from graftlet.weights import site as sites
+from ..core.host import commons, hosts
+from ..core.layer import AdaptedLayer
+from ..weights import site as sites
 
 BATCH = 4
 INNER, OUTER, TOKENS = 8, 12, 10
@@ -72,7 +72,11 @@ class ScaledEmbedding(nn.Embedding):
 
 @dataclass(frozen=True)
 class Bench:
-    """One kind of layer. kind: its site's class; targets: how a config names it; batch: the inputs' batch dimension."""
+    """One kind of layer. kind: its site's class; targets: how a config names it; batch: the inputs' batch dimension.
+
+    needs: a package that has the layer's class. narrow: the layer cannot hold every weight or bias, so that it may refuse
+        an adapter or its merged form.
+    """
 
     name: str
     kind: type
@@ -82,6 +86,8 @@ class Bench:
     batch: int = 0
     common: bool = True
     """Not a variation on another bench: part of the quick runs."""
+    needs: str = "torch"
+    narrow: bool = False
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
         """The model, the same for the same seed, in evaluation mode."""
@@ -110,6 +116,12 @@ def biased(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def _transposed() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return biased(Conv1D(OUTER, INNER))
+
+
 def _rows() -> tuple[Tensor, ...]:
     return (torch.randn(BATCH, 3, INNER),)
 
@@ -132,9 +144,9 @@ BENCHES: dict[str, Bench] = {
     b.name: b
     for b in [
         Bench("linear", sites.Linear, lambda: nn.Linear(INNER, OUTER), _rows),
-        Bench("conv1d", sites.Conv1D, lambda: biased(TransposedLinear(OUTER, INNER)), _rows),
+        Bench("conv1d", sites.Conv1D, _transposed, _rows, needs="transformers"),
         Bench("conv2", sites.Conv, lambda: nn.Conv2d(INNER, OUTER, 3, padding=1), _image(2)),
-        Bench("grouped", sites.Conv, lambda: nn.Conv2d(INNER, OUTER, 3, groups=2), _image(2)),
+        Bench("grouped", sites.Conv, lambda: nn.Conv2d(INNER, OUTER, 3, groups=2), _image(2), narrow=True),
         Bench("embedding", sites.Embedding, lambda: nn.Embedding(TOKENS, OUTER), _ids),
         Bench(
             "attention",
@@ -145,7 +157,7 @@ BENCHES: dict[str, Bench] = {
         Bench("matrix", sites.Parameter, Projection, _rows, {**_PARAMETERS, "target_parameters": ["l.matrix"]}),
         Bench("experts", sites.Parameter, Experts, _rows, {**_PARAMETERS, "target_parameters": ["l.up", "l.down"]}),
         # variations
-        Bench("no-bias", sites.Linear, lambda: nn.Linear(INNER, OUTER, bias=False), _rows, common=False),
+        Bench("no-bias", sites.Linear, lambda: nn.Linear(INNER, OUTER, bias=False), _rows, common=False, narrow=True),
         Bench("conv1", sites.Conv, lambda: nn.Conv1d(INNER, OUTER, 3, stride=2), _image(1), common=False),
         Bench("conv3", sites.Conv, lambda: nn.Conv3d(INNER, OUTER, 2), _image(3), common=False),
         Bench("pointwise", sites.Conv, lambda: nn.Conv2d(INNER, OUTER, 1), _image(2), common=False),
@@ -181,6 +193,7 @@ BENCHES: dict[str, Bench] = {
             common=False,
         ),
     ]
+    if importlib.util.find_spec(b.needs)
 }
 
 
@@ -215,8 +228,13 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
 
 
-def near(a: Tensor, b: Tensor, dtype: torch.dtype, steps: float = 8) -> None:
+def near(a: Tensor, b: Tensor, dtype: torch.dtype, steps: float = 8, what: str = "two outputs") -> None:
     """Assert that two outputs agree within some rounding steps of `dtype` at their own size."""
     eps = max(torch.finfo(dtype).eps, 4e-7)
     scale = max(1.0, float(b.abs().max()))
-    torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=steps * eps * scale)
+    agree(a.double(), b.double(), steps * eps * scale, what)
+
+
+def agree(a: Tensor, b: Tensor, tolerance: float, what: str) -> None:
+    """Assert that no entry differs by more than `tolerance`."""
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda found: f"expected: {what}. {found}")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of a weight while adapters are merged into it, so that its very bits come back.
+
+The merged weight is led back through the adapters, as they were when they were merged. That gives the original up to
+rounding; the rest is kept in seven bits an element (`weights.residual`). Where an adapter cannot be led back, because
+many weights would give the same merged one, the original itself is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MergeError
+from ..weights.residual import Residual, residual
+from ..weights.site import Site
+from ..weights.storage import PLAIN
+from .method import Method, View, Weights
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLayer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One merged adapter, as it was then. nbytes: of the copies that this takes."""
+
+    method: Method
+    view: View
+    nbytes: int
+
+    def back(self, W: Tensor, b: Tensor | None) -> Tensor:
+        """The weight before this adapter."""
+        held = {k: v.to(W.device) for k, v in vars(self.view).items() if isinstance(v, (Tensor, nn.Module))}
+        return self.method.inverse(self.view.over(held), W, b)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What brings a layer's original back. whole: what the storage saved, where that is kept instead of a residual."""
+
+    steps: tuple[Step, ...] = ()
+    rest: Residual | None = None
+    bias: Tensor | None = None
+    whole: tuple[Any, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory beside the model's own."""
+        if self.rest is not None:
+            return self.rest.nbytes + sum(step.nbytes for step in self.steps)
+        return sum(t.nbytes for t in self.whole or () if isinstance(t, Tensor))
+
+    def original(self, site: Site) -> Weights:
+        """The weight `[out, in, *kernel]` and bias, to the bit. Raises `MergeError` where something else changed it."""
+        if self.rest is None:
+            assert self.whole is not None
+            return site.original(self.whole)
+        found = self.rest.restored(led_back(site, self.steps, self.bias))
+        if found is None:
+            raise MergeError(
+                f"a {type(site.module).__name__}'s weight was changed, or put into another dtype, while adapters were "
+                "merged into it, so its original cannot be brought back; load the base again, and unmerge first next time."
+            )
+        return site.canonical(found), self.bias
+
+    def restore(self, site: Site) -> None:
+        """Bring them back into the layer."""
+        if self.rest is None:
+            assert self.whole is not None
+            site.restore(self.whole)
+        else:
+            site.write(*self.original(site))
+
+
+@torch.no_grad()
+def led_back(site: Site, steps: Sequence[Step], bias: Tensor | None) -> Tensor:
+    """An estimate of the original in the kept layout and dtype, from the merged weight that the layer has now."""
+    kept = site.weight
+    wide = torch.promote_types(kept.dtype, torch.float32)
+    W, b = site.canonical(kept.detach()).to(wide), None if bias is None else bias.to(kept.device, wide)
+    with exactly(kept.device):
+        for step in reversed(steps):
+            W = step.back(W, b)
+    return site.kept(W).to(kept.dtype)
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Products in full single precision, whatever the caller has chosen for speed."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
+    """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be."""
+    site = layer.site
+    if layer.kept is None:
+        saved = site.save()
+    else:
+        W, b = layer.original()
+        saved = (site.kept(W), b)
+    site.write(*merged)
+    if site.storage is not PLAIN:
+        return Kept(whole=saved)
+    made = Kept(steps := _steps(layer, names, True), residual(saved[0], led_back(site, steps, saved[1])), saved[1])
+    if made.nbytes > saved[0].numel():
+        made = replace(made, steps=_steps(layer, names, False))
+    return made if made.rest is not None and made.nbytes < saved[0].nbytes else Kept(whole=saved)
+
+
+def _steps(layer: AdaptedLayer, names: Sequence[str], copies: bool) -> tuple[Step, ...]:
+    return tuple(_step(layer, name, copies) for name in names)
+
+
+def _step(layer: AdaptedLayer, name: str, copies: bool) -> Step:
+    """An adapter, with copies of what learns: it may have changed by the time that the weight is led back.
+
+    Large adapters are not copied; where one is changed by other ways than the library's while it is merged, the original
+    is lost, which is noticed.
+    """
+    view = layer.view(name, torch.promote_types(layer.site.weight.dtype, torch.float32))
+    fixed = {id(layer.tensor(name, t)) for t, spec in layer.specs[name].items() if not spec.trainable}
+    held: dict[str, Any] = {"training": False}
+    size = 0
+    for key, value in vars(view).items():
+        if isinstance(value, nn.Module):
+            held[key] = copy.deepcopy(value).eval()
+        elif isinstance(value, nn.Parameter) and copies:
+            held[key] = value.detach().clone()
+        size += held[key].nbytes if isinstance(held.get(key), Tensor) else 0
+        if (
+            not isinstance(value, nn.Parameter)
+            and isinstance(value, Tensor)
+            and id(value) not in fixed
+            and key not in view.shared
+        ):
+            size += value.nbytes  # made for this view
+    return Step(layer.methods[name], view.over(held), size)

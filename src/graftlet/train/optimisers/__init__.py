@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers made for LoRA's two factors, and how a recipe asks for them by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ...core.host import hosts
+from ...core.layer import AdaptedLayer
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A LoRA pair on a layer: A `[r, in]`, B `[out, r]`, and what their product is multiplied by."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+
+
+def pairs(model: nn.Module) -> Iterator[Factors]:
+    """The pairs of matrices of the active adapters, whether they learn or not.
+
+    Embeddings, convolutions and stacks of experts have none.
+    """
+    for _, host in hosts(model):
+        if not isinstance(host, AdaptedLayer) or host.site.stack:
+            continue
+        for name in host.active_adapters:
+            if {"lora_A.weight", "lora_B.weight"} <= host.specs.get(name, {}).keys():
+                A, B = (host.tensor(name, f"lora_{f}.weight") for f in "AB")
+                if A.dim() == 2 and isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter):
+                    yield Factors(A, B, float(host.scalings[name]))
+
+
+def check_pairs(model: nn.Module, name: str) -> list[Factors]:
+    """The model's pairs. Raises `ConfigError` where it has none, or the model is none with adapters."""
+    found = list(pairs(model))
+    if not found:
+        raise ConfigError(f"{name} needs the matrices lora_A and lora_B of an active LoRA adapter; the model has none.")
+    return found
+
+
+def eight_bit(optimizer_cls: type[Optimizer]) -> bool:
+    """Whether an optimiser keeps its state in 8 bits, by bitsandbytes."""
+    return optimizer_cls.__module__.partition(".")[0] == "bitsandbytes" and "8bit" in optimizer_cls.__name__
+
+
+def keep_embeddings_exact(model: nn.Module) -> None:
+    """Let bitsandbytes keep the optimiser's state of embeddings in 32 bits: in 8 they are unstable."""
+    import bitsandbytes  # pyright: ignore[reportMissingImports]  an 8-bit optimiser is in hand
+
+    manager: Any = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+Make = Callable[[nn.Module, float, float, dict[str, Any]], Optimizer]
+"""(model, learning rate, weight decay, the optimiser's options) -> the optimiser."""
+
+NAMES = ("loraplus", "lorafa", "riemannian")
+"""What a recipe calls them; each is made by `for_recipe` in the module of its name."""
+
+
+def by_name(name: str, model: nn.Module, lr: float, weight_decay: float, options: dict[str, Any]) -> Optimizer:
+    """One of `NAMES`, as a recipe asks for it. Raises `ConfigError` for options that it does not take."""
+    make: Make = importlib.import_module(f".{name}", __name__).for_recipe
+    try:
+        return make(model, lr, weight_decay, options)
+    except TypeError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"optimizer {name!r} with {options}: {error}.") from error
+
+
+def optimiser_class(name: str) -> type[Optimizer]:
+    """An optimiser class by its name in `torch.optim`, or in bitsandbytes; AdamW unless said otherwise."""
+    found = getattr(torch.optim, name, None)
+    if found is None:
+        try:
+            import bitsandbytes  # pyright: ignore[reportMissingImports]
+
+            found = getattr(bitsandbytes.optim, name, None)
+        except ImportError:
+            found = None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ConfigError(f"optimiser {name!r} is neither in torch.optim nor in an installed bitsandbytes.")
+    return found

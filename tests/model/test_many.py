@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters in one model: threads, names, freezing, and rows of a batch that are computed together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftlet
+from graftlet.core.layer import AdaptedLayer
+from graftlet.errors import AdapterNameError
+from graftlet.testing.benches import layers, near, perturb
+from graftlet.testing.laws import mergeable, weighted
+from graftlet.testing.running import adapted, run, same, second
+from tests.laws.cases import REBASED, Case
+from tests.laws.test_laws import linear, representative, table
+
+from .models import IDS, llama, load, logits, lora, save
+
+pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
+
+NAMES = ["default", "b", "c", "d"]
+
+
+@pytest.fixture
+def model() -> Any:
+    made = graftlet.get_peft_model(llama(), lora(r=2, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for rank, name in enumerate(NAMES[1:], 3):
+        made.add_adapter(name, lora(r=rank, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for seed, name in enumerate(NAMES):
+        perturb(made, name, seed)
+    return made.eval()
+
+
+def alone(model: Any) -> dict[str, Tensor]:
+    """What each adapter gives when it is the active one, and what the base does."""
+    found = {}
+    for name in NAMES:
+        model.set_adapter(name)
+        found[name] = logits(model)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        found["__base__"] = logits(model)
+    return found
+
+
+def in_threads(works: list[Callable[[], None]]) -> None:
+    """Run all at the same time; the first error of any is raised."""
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(works))
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            start.wait()
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(w,)) for w in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "another one merged"])
+def test_each_thread_has_its_own_adapter(model: Any, merged: bool) -> None:
+    expected = alone(model)
+    if merged:
+        model.merge_adapter(["b"])
+
+    def using(name: str) -> Callable[[], None]:
+        def work() -> None:
+            for _ in range(25):
+                with model.using(name):
+                    torch.testing.assert_close(logits(model), expected[name])
+
+        return work
+
+    def rows() -> None:
+        for _ in range(25):
+            mixed = logits(model, input_ids=IDS, adapter_names=["c", "__base__"])
+            torch.testing.assert_close(mixed[0], expected["c"][0])
+            torch.testing.assert_close(mixed[1], expected["__base__"][1])
+
+    def disabled() -> None:
+        for _ in range(25):
+            with model.disable_adapter():
+                torch.testing.assert_close(logits(model), expected["__base__"])
+
+    in_threads([*(using(n) for n in NAMES), rows, disabled])
+    if merged:
+        model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected["default"])
+
+
+def test_what_is_chosen_is_chosen_for_one_model_alone(model: Any) -> None:
+    other = graftlet.get_peft_model(llama(), lora()).eval()
+    perturb(other)
+    y, expected = logits(other), alone(model)
+    with model.disable_adapter(), other.using("default"):
+        torch.testing.assert_close(logits(other), y)
+        torch.testing.assert_close(logits(model), expected["__base__"])
+        with model.using("c"):
+            torch.testing.assert_close(logits(model), expected["c"])
+        assert model.get_model_status().enabled is False
+        assert other.get_model_status().enabled is True
+    torch.testing.assert_close(logits(model), expected["default"])
+
+
+def test_unknown_names_change_nothing(model: Any) -> None:
+    for call in (
+        lambda: model.using("x").__enter__(),
+        lambda: model.rename_adapter("x", "y"),
+        lambda: model.freeze_adapter("x"),
+    ):
+        with pytest.raises(AdapterNameError):
+            call()
+    with pytest.raises(AdapterNameError, match="exists"):
+        model.rename_adapter("b", "c")
+
+
+@table(quick=representative)
+def test_using_is_as_if_it_were_active(case: Case) -> None:
+    model = adapted(case)
+    second(model, case)
+    model.set_adapter("other")
+    expected = run(model, case)
+    model.set_adapter("default")
+    y = run(model, case)
+    with model.using("other"):
+        same(run(model, case), expected)
+    same(run(model, case), y)
+    if mergeable(case):
+        model.merge_adapter()
+        with model.using("other"):
+            near(run(model, case), expected, torch.float32)
+
+
+@table(quick=representative)
+def test_a_renamed_adapter_is_the_same(case: Case, tmp_path: Any) -> None:
+    model = adapted(case)
+    second(model, case)
+    y, before = run(model, case), {k: id(t) for k, t in model.state_dict(keep_vars=True).items()}
+    model.rename_adapter("default", "new")
+    assert list(model.peft_config) == ["new", "other"]
+    assert model.active_adapters == ["new"]
+    same(run(model, case), y)
+    after = {k: id(t) for k, t in model.state_dict(keep_vars=True).items()}
+    assert {k.replace("default", "new"): i for k, i in before.items()} == after
+    model.set_adapter("other")
+    model.set_adapter("new")
+    same(run(model, case), y)
+    if case.key not in REBASED:  # its base is that of both adapters
+        model.save_pretrained(str(tmp_path), selected_adapters=["new"])
+        again = graftlet.PeftModel.from_pretrained(case.bench.model(), tmp_path / "new", config=case.config()).eval()
+        same(run(again, case), y)
+    if mergeable(case):
+        model.merge_adapter()
+        model.rename_adapter("new", "third")
+        near(run(model, case), y, torch.float32)
+        model.unmerge_adapter()
+    model.delete_adapter("third" if mergeable(case) else "new")
+    assert list(model.peft_config) == ["other"]
+
+
+def test_prompts_are_renamed_and_chosen_too(tmp_path: Any) -> None:
+    config = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    model = graftlet.get_peft_model(llama(), graftlet.PromptTuningConfig(**config)).eval()
+    model.add_adapter("b", graftlet.PromptTuningConfig(**config))
+    y = logits(model)
+    with model.disable_adapter():
+        plain = logits(model)
+    torch.testing.assert_close(plain, logits(model.get_base_model()))
+    model.rename_adapter("default", "a")
+    assert (model.active_adapters, list(model.peft_config)) == (["a"], ["a", "b"])
+    torch.testing.assert_close(logits(model), y)
+    with model.using("b"):
+        used = logits(model)
+    model.set_adapter("b")
+    torch.testing.assert_close(used, logits(model))
+    assert not torch.allclose(used, y)
+
+
+def test_freezing(model: Any) -> None:
+    model.freeze_adapter("default")
+    assert not [n for n, p in model.named_parameters() if p.requires_grad]
+    model.unfreeze_adapter(["default", "c"])
+    learns = {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+    assert learns == {"default", "c"}
+
+
+def test_a_mixed_model_by_its_name(tmp_path: Any) -> None:
+    model = graftlet.get_peft_model(llama(), lora(), mixed=True).eval()
+    assert isinstance(model, graftlet.PeftMixedModel)
+    model.add_adapter("hra", graftlet.HRAConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    perturb(model, "hra")
+    perturb(model)
+    model.set_adapter(["default", "hra"])
+    y = logits(model)
+    save(model, tmp_path)
+    again = load(llama(), tmp_path)
+    again.load_adapter(tmp_path / "hra", "hra")
+    again.set_adapter(["default", "hra"])
+    torch.testing.assert_close(logits(again), y)
+
+
+# rows computed together
+
+
+def test_rows_of_many_adapters_take_one_computation(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = alone(model)
+    rows = ["c", "default", "__base__", "d", "c", "b"]
+    ids = IDS.repeat(3, 1)
+    monkeypatch.setattr(AdaptedLayer, "_run", lambda *a: pytest.fail("a group was run by itself"))
+    y = logits(model, input_ids=ids, adapter_names=rows)
+    torch.testing.assert_close(y, torch.stack([expected[name][i % 2] for i, name in enumerate(rows)]))
+    rows = ["c", "default", "d", "d", "c", "b"]
+    y = logits(model, input_ids=ids, adapter_names=rows)
+    torch.testing.assert_close(y, torch.stack([expected[name][i % 2] for i, name in enumerate(rows)]))
+
+
+@table(quick=linear, only=lambda c: weighted(c) and c.bench.name in ("linear", "conv1d", "no-bias"))
+def test_together_is_as_one_by_one(case: Case) -> None:
+    """For every method that can: what it adds for several adapters at once is what each adds by itself."""
+    model = adapted(case)
+    second(model, case)
+    model.eval()
+    ((_, layer),) = layers(model).items()
+    method = layer.methods["default"]
+    (x,) = case.bench.example()
+    views = [layer.view("default"), layer.view("other")]
+    with torch.no_grad():
+        y = method.grouped(views, x, torch.tensor([0, 1, 1, 0]))
+        if y is None:
+            assert method.factored(views[0]) is None or method.delta_bias(views[0]) is not None
+            return
+        each = [method.update(p, x) for p in views]
+    near(y, torch.stack([each[0][0], each[1][1], each[1][2], each[0][3]]), torch.float32)
+
+
+def test_a_second_adapter_costs_what_the_thirtieth_does(model: Any) -> None:
+    """Not in time, which nobody can promise, but in the number of steps."""
+    import sys
+
+    def steps(name: str) -> int:
+        count = 0
+
+        def count_calls(frame: Any, event: str, arg: Any) -> None:
+            nonlocal count
+            count += event == "call"
+
+        sys.setprofile(count_calls)
+        try:
+            model.add_adapter(name, lora(target_modules=["q_proj", "v_proj", "down_proj"]))
+        finally:
+            sys.setprofile(None)
+        return count
+
+    steps("warm")
+    early = steps("early")
+    for i in range(24):
+        steps(f"x{i}")
+    assert steps("late") <= early * 1.1
