@@ -184,6 +184,11 @@ class PeftConfig:
         """Whether those adapters learn along with it."""
         return False
 
+    @property
+    def picky(self) -> bool:
+        """Whether this adapter cannot stand beside just any other: its method is asked (`Method.meet`)."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return asdict(self)

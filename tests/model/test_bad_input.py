@@ -401,7 +401,7 @@ def test_training_after_a_frozen_load_is_explained_by_the_flags(folder):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"use_dora": True, "alora_invocation_tokens": [1]}, "use_dora and alora_invocation_tokens"),
+        ({"use_dora": True, "alora_invocation_tokens": [1]}, "alora_invocation_tokens and use_dora"),
         ({"use_dora": True, "kasa_config": {"beta": 0.1}}, "kasa_config and use_dora|use_dora and kasa_config"),
         ({"velora_config": {"num_groups": 2}, "monteclora_config": {"num_samples": 2}}, "do not go together"),
         ({"use_dora": True, "lora_bias": True}, "use_dora and lora_bias"),

@@ -171,8 +171,9 @@ def test_dora_caching_can_be_left_on(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 1
         model.merge_adapter()
         model.unmerge_adapter()
+        merging = len(calls)
         model(*X)
-        assert len(calls) == 3  # once to merge, once since the weight was written
+        assert len(calls) == merging + 1  # since the weight was written
     finally:
         DoraCaching()(enabled=False)
 

@@ -14,10 +14,16 @@ import graftlet
 from graftlet.core.arithmetic import RULES, Cut, of_matrices, of_products
 from graftlet.testing.benches import BENCHES, near, seeded
 
-from .reference import move, output, peft
+from .reference import move, peft
 
 WEIGHTS = {"two": [0.7, 0.5], "negative": [0.8, -0.6]}
 NAMES = ["default", "other"]
+
+
+@torch.no_grad()
+def told(model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """A model's output."""
+    return model(*inputs)
 
 
 def both(library: Any, bench: str, ranks: tuple[int, int] = (4, 4), **values: Any) -> Any:
@@ -45,7 +51,7 @@ def combined(model: nn.Module, bench: str, weights: list[float], kind: str, **op
         warnings.simplefilter("ignore")
         model.add_weighted_adapter(NAMES, weights, "sum", combination_type=kind, **options)
         model.set_adapter("sum")
-    return output(model, BENCHES[bench].example())
+    return told(model, BENCHES[bench].example())
 
 
 EXACT = ["linear", "cat", "svd"]
@@ -154,7 +160,7 @@ def test_ia3_adds_up_its_scales() -> None:
                 parameter.copy_(torch.linspace(0.5, 2.0 + number, 12)[:, None])
         model.add_weighted_adapter(NAMES, [0.6, 0.7], "sum")
         model.set_adapter("sum")
-        made.append(output(model, BENCHES["linear"].example()))
+        made.append(told(model, BENCHES["linear"].example()))
     near(made[1], made[0], torch.float32)
 
 
@@ -164,7 +170,7 @@ def test_a_combination_is_read_by_the_reference(tmp_path: Any) -> None:
     move(ours)
     ours.add_weighted_adapter(NAMES, [0.7, 0.5], "sum", "exact", energy=0.8)
     ours.set_adapter("sum")
-    y = output(ours, BENCHES["linear"].example())
+    y = told(ours, BENCHES["linear"].example())
     ours.save_pretrained(str(tmp_path), selected_adapters=["sum"])
     theirs = peft.PeftModel.from_pretrained(BENCHES["linear"].model(), str(tmp_path / "sum")).eval()
-    near(output(theirs, BENCHES["linear"].example()), y, torch.float32)
+    near(told(theirs, BENCHES["linear"].example()), y, torch.float32)

@@ -329,7 +329,8 @@ class Delta(Method):
         return self.delta_bias(p)
 
     def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
-        return W - self.apply(p, torch.zeros_like(W), None)[0]
+        change = self.apply(p, torch.zeros_like(W), None)[0]
+        return p.site.fit(W, change) - change
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return before(x) + self.update(p, self.drop(p, p.cast(x)))

@@ -176,7 +176,8 @@ class BaseTuner(nn.Module):
 
     def _meet(self, config: PeftConfig) -> None:
         """Raise where an adapter cannot stand beside those that are here."""
-        for held in self.peft_config.values():
+        picky = config.picky
+        for held in [c for c in self.peft_config.values() if picky or c.picky]:
             for one, other in ((config, held), (held, config)):
                 method = lookup(one.peft_type).method
                 if issubclass(method, Method):

@@ -83,6 +83,10 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
     kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
 
+    @property
+    def picky(self) -> bool:
+        return self.kasa_config is not None
+
     def check(self) -> None:
         ranks = {"r": self.r, **(self.rank_pattern or {})}
         for name, rank in ranks.items():

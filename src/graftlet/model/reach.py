@@ -127,7 +127,8 @@ def _rehearsal(model: Any, args: tuple, kwargs: dict[str, Any]) -> Callable[[Map
 
     def run(values: Mapping[str, Tensor] | None) -> Tensor:
         off = disabled(model) if values is None else nullcontext()
-        with torch.no_grad(), off, using(Call(values=values or {})):
+        plain = replace(current() or Call(), rows=None, alone=None, values=values or {})
+        with torch.no_grad(), using(plain), off:
             return model(*args, **given).hidden_states[-1]
 
     return run
