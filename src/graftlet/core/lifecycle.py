@@ -76,7 +76,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     What learns stays as it is.
     """
-    with choosing(home_of(model), ()):
+    home = next((host.home for _, host in hosts(model)), None)  # whichever wrapper of the model this is
+    with choosing(home or home_of(model), ()):
         yield
 
 

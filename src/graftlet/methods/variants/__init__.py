@@ -114,7 +114,7 @@ def _load() -> None:
 def chosen(config: Any) -> type[Wrapper] | None:
     """The variant that a config asks for. Raises `ConfigError` for two."""
     _load()
-    asked = [field for field in _table if getattr(config, field, None) not in (None, False)]
+    asked = sorted(field for field in _table if getattr(config, field, None) not in (None, False))
     if not asked:
         return None
     if len(asked) > 1:
