@@ -354,8 +354,10 @@ class AdaptedLayer(Scales, Boxes):
             if len(groups) > 1 and name in self.methods and (why := self.methods[name].unmixable):
                 raise CallError(f"adapter {name!r} cannot serve a part of a batch: {why}.")
             names = [name] if name != BASE and name in self.methods else []
-            rows = self.site.select(x, index)
             with using(call.part(name, index, index.numel() if count is None else count)):
+                if len(groups) == 1:
+                    return self._run(names, x, whole)
+                rows = self.site.select(x, index)
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
@@ -441,7 +443,7 @@ class AdaptedLayer(Scales, Boxes):
         self.check_together([*self.merged_adapters, *names])
         with exactly(self.site.weight.device):
             W, b = self.merged_weight([*self.merged_adapters, *names])
-        if safe_merge and not (W.isfinite().all() and (b is None or b.isfinite().all())):
+        if safe_merge and not (finite(W) and (b is None or finite(b))):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")
         self.site.accepts(W)
         self.kept = write(self, (W, b), [*self.merged_adapters, *names])
@@ -460,6 +462,11 @@ class AdaptedLayer(Scales, Boxes):
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
         self.kept, self.merged_adapters = None, []
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; in one pass, and without a mask of them."""
+    return all(bool(end.isfinite()) for end in tensor.aminmax()) if tensor.numel() else True
 
 
 def relink(model: nn.Module, adapter: str) -> None:

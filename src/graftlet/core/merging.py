@@ -9,6 +9,7 @@ many weights would give the same merged one, the original itself is kept.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -94,13 +95,21 @@ def led_back(site: Site, steps: Sequence[Step], bias: Tensor | None) -> Tensor:
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Products in full single precision, whatever the caller has chosen for speed."""
-    before = torch.get_float32_matmul_precision()
     with torch.autocast(device.type, enabled=False):
-        try:
-            torch.set_float32_matmul_precision("highest")
+        if torch.get_float32_matmul_precision() == HIGHEST:
             yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+            return
+        with _choice:  # it is one for all threads
+            before = torch.get_float32_matmul_precision()
+            try:
+                torch.set_float32_matmul_precision(HIGHEST)
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+
+HIGHEST = "highest"
+_choice = threading.RLock()
 
 
 @torch.no_grad()
@@ -136,7 +145,7 @@ def _step(layer: AdaptedLayer, name: str, copies: bool) -> Step:
     held: dict[str, Any] = {"training": False}
     size = 0
     for key, value in vars(view).items():
-        if isinstance(value, nn.Module):
+        if isinstance(value, nn.Module) and not isinstance(value, nn.Identity):
             held[key] = copy.deepcopy(value).eval()
         elif isinstance(value, nn.Parameter) and copies:
             held[key] = value.detach().clone()

@@ -323,14 +323,17 @@ class Delta(Method):
         return W, b if db is None else (db if b is None else b + db)
 
     def change(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
-        return self.apply(p, torch.zeros_like(W), None)[0], self.delta_bias(p)
+        return self._change(p, W), self.delta_bias(p)
 
     def change_bias(self, p: View, weights: Callable[[], Weights]) -> Tensor | None:
         return self.delta_bias(p)
 
     def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
-        change = self.apply(p, torch.zeros_like(W), None)[0]
+        change = self._change(p, W)
         return p.site.fit(W, change) - change
+
+    def _change(self, p: View, W: Tensor) -> Tensor:
+        return self.apply(p, torch.zeros_like(W), None)[0] if p.site.stack else self.delta(p)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         return before(x) + self.update(p, self.drop(p, p.cast(x)))

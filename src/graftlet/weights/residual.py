@@ -43,48 +43,50 @@ class Residual:
             return None
         near = _ordered(estimate)
         low = _unpacked(self.low.to(near.device), near.numel()).to(near.dtype)
-        found = near + ((low - near + WINDOW // 2) & (WINDOW - 1)) - WINDOW // 2
+        found = low.sub_(near).add_(WINDOW // 2).bitwise_and_(WINDOW - 1).sub_(WINDOW // 2).add_(near)
         found[self.places.to(near.device).long()] = _ordered(self.values.to(near.device))
-        return _numbers(found, estimate.dtype).reshape(estimate.shape) if _sum(found) == self.sum else None
+        return _flipped(found).view(self.dtype).reshape(estimate.shape) if _sum(found) == self.sum else None
 
 
 def residual(tensor: Tensor, estimate: Tensor) -> Residual | None:
     """What brings `tensor` back from an estimate of its dtype; None where that dtype is none of the three usual ones."""
     if tensor.dtype not in _WORDS or estimate.shape != tensor.shape:
         return None
-    own, near = _ordered(tensor), _ordered(estimate)
-    places = ((own - near).abs() >= TRUSTED).nonzero().flatten()
+    own = _ordered(tensor)
+    off = own - _ordered(estimate)
+    places = (off.add_(TRUSTED) >> (BITS - 1)).nonzero().flatten()  # all of them but -TRUSTED to TRUSTED - 1
     small = places.to(torch.int32) if own.numel() < 2**31 else places
-    return Residual(_packed(own & (WINDOW - 1)), small, tensor.detach().flatten()[places], tensor.dtype, _sum(own))
+    low = _packed((own & (WINDOW - 1)).to(torch.uint8))
+    return Residual(low, small, tensor.detach().flatten()[places], tensor.dtype, _sum(own))
 
 
 def _sum(ordered: Tensor) -> int:
-    return int(ordered.sum(dtype=torch.int64))
+    whole = ordered.view(torch.int64) if ordered.nbytes % 8 == 0 else ordered  # fewer numbers to add
+    return int(whole.sum(dtype=torch.int64))
 
 
 def _ordered(tensor: Tensor) -> Tensor:
-    """Bit patterns as integers in the numbers' order, `[n]`; -0 stands just below 0."""
-    wide = torch.int32 if tensor.dtype.itemsize == 2 else torch.int64
-    words = tensor.detach().contiguous().view(_WORDS[tensor.dtype]).flatten()
-    magnitude = (words & torch.iinfo(words.dtype).max).to(wide)
-    return torch.where(words < 0, -magnitude - 1, magnitude)
+    """Bit patterns as integers in the numbers' order, `[n]`; -0 stands just below 0.
+
+    They wrap around at both ends, as do the differences of them, so that no wider integers are needed.
+    """
+    return _flipped(tensor.detach().contiguous().view(_WORDS[tensor.dtype]).flatten())
 
 
-def _numbers(ordered: Tensor, dtype: torch.dtype) -> Tensor:
-    word = _WORDS[dtype]
-    magnitude = torch.where(ordered < 0, -ordered - 1, ordered).to(word)
-    return torch.where(ordered < 0, magnitude | torch.iinfo(word).min, magnitude).view(dtype)
+def _flipped(words: Tensor) -> Tensor:
+    """With the bits below the sign turned over in negative ones; twice is nothing."""
+    kind = torch.iinfo(words.dtype)
+    return (words >> (kind.bits - 1)).bitwise_and_(kind.max).bitwise_xor_(words)
 
 
 def _packed(low: Tensor) -> Tensor:
-    """Eight seven-bit numbers in seven bytes."""
-    padded = torch.nn.functional.pad(low.to(torch.int64), (0, -len(low) % 8)).reshape(-1, 8)
-    word = padded[:, 0].clone()
-    for i in range(1, 8):
-        word |= padded[:, i] << (BITS * i)
-    return word.view(torch.uint8).reshape(-1, 8)[:, :BITS].contiguous()
+    """Eight parts of seven-bit numbers in the place of seven: the last one's bits are the others' eighth bits."""
+    parts = torch.nn.functional.pad(low, (0, -len(low) % 8)).reshape(8, -1)
+    bits = torch.arange(BITS, dtype=torch.uint8, device=low.device)[:, None]
+    return (((parts[7] >> bits) & 1) << BITS).bitwise_or_(parts[:7])
 
 
 def _unpacked(packed: Tensor, count: int) -> Tensor:
-    word = torch.nn.functional.pad(packed, (0, 1)).contiguous().view(torch.int64)
-    return torch.cat([(word >> (BITS * i)) & (WINDOW - 1) for i in range(8)], 1).flatten()[:count]
+    bits = torch.arange(BITS, dtype=torch.uint8, device=packed.device)[:, None]
+    last = ((packed >> BITS) << bits).sum(0, dtype=torch.uint8)
+    return torch.cat([packed & (WINDOW - 1), last[None]]).flatten()[:count]
