@@ -22,7 +22,8 @@ from ..config import Excludes, Layers, PeftConfig, Saves, Targets, TaskType
 from ..core.around import Block, Held
 from ..core.context import Call, current, using
 from ..core.host import bare, check_known
-from ..core.method import CACHES, IGNORED, Spec
+from ..core.method import Spec
+from ..core.prompt import CACHES, IGNORED
 from ..core.target import HEADS
 from ..errors import CallError, UnsupportedLayerError, UnsupportedOptionError
 from ..registry import method

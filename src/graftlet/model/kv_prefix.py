@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PromptLearningConfig
 from ..core.host import check_known
-from ..core.method import CACHES, ROWS, Cache
+from ..core.prompt import CACHES, ROWS, Cache
 from ..errors import CallError, ConfigError, listing
 from ..registry import lookup
 from . import prefix, save

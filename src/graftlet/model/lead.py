@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import PromptLearningConfig
 from ..core.context import BASE, current
-from ..core.method import Cache, Prompt
+from ..core.prompt import Cache, Prompt
 from ..errors import CallError
 
 

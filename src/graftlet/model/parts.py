@@ -12,7 +12,7 @@ from ..config import PeftConfig
 from ..core.context import Carrying
 from ..core.host import COMPILED, hosts
 from ..core.layer import AdaptedLayer
-from ..core.method import IGNORED
+from ..core.prompt import IGNORED
 from ..core.tuner import BaseTuner
 from ..errors import CallError
 

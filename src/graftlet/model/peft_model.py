@@ -21,7 +21,7 @@ from ..core import lifecycle
 from ..core.context import BASE, Call, current, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
-from ..core.method import ROWS
+from ..core.prompt import ROWS
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import TaskType
 from ..core.context import current
-from ..core.method import CACHES, IGNORED, Cache
+from ..core.prompt import CACHES, IGNORED, Cache
 from ..errors import CallError
 from . import prefix
 from .lead import Lead, acting, active_lead, lead_of, own_of

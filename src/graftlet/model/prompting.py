@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig, PromptLearningConfig, TaskType
 from ..core import lifecycle, state
 from ..core.host import hosts
-from ..core.method import CACHES, Cache, Prompt
 from ..core.planning import plan_saved
+from ..core.prompt import CACHES, Cache, Prompt
 from ..core.tensors import Box, renamed
 from ..errors import AdapterFileError, ConfigError
 from ..registry import lookup

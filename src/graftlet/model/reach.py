@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.context import Call, current, reaches, using
 from ..core.layer import AdaptedLayer
 from ..core.lifecycle import disabled
-from ..core.method import CACHES
+from ..core.prompt import CACHES
 from ..core.tuner import BaseTuner
 from ..errors import CallError, CallWarning, warn
 from .generation import stand_in

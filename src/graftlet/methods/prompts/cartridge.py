@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
-from ...core.method import ROWS, Cache
+from ...core.prompt import ROWS, Cache
 from ...registry import method
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...config import PromptLearningConfig, TaskType
-from ...core.method import IGNORED, ROWS, Prompt
+from ...core.prompt import IGNORED, ROWS, Prompt
 from ...errors import CallError
 from ...registry import method
 

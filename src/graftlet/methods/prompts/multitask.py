@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.method import ROWS
+from ...core.prompt import ROWS
 from ...errors import CallError, ConfigError
 from ...files import read_tensors
 from ...registry import method

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
-from ...core.method import Prompt
+from ...core.prompt import Prompt
 from ...registry import method
 from .prompt_tuning import count
 

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
-from ...core.method import Cache
+from ...core.prompt import Cache
 from ...registry import method
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
-from ...core.method import Prompt
+from ...core.prompt import Prompt
 from ...errors import ConfigError, DependencyError
 from ...registry import method
 
