@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -269,3 +273,44 @@ def test_a_second_adapter_costs_what_the_thirtieth_does(model: Any) -> None:
     for i in range(24):
         steps(f"x{i}")
     assert steps("late") <= early * 1.1
+
+
+def test_switching_sees_what_was_changed_by_hand(model: Any) -> None:
+    """The walk over a model's modules is remembered, but not past a change of them."""
+    model.set_adapter("b")
+    model.set_adapter("default")
+    blocks = model.get_base_model().model.layers
+    kept = model.tuner.__dict__["_standing"]
+    model.set_adapter("b")
+    assert model.tuner.__dict__["_standing"] is kept
+    copied = copy.deepcopy(blocks[0])
+    blocks.append(copied)  # layers with adapters, put in by hand
+    q = copied.self_attn.q_proj
+    q.lora_A["c"].weight = torch.nn.Parameter(q.lora_A["c"].weight.detach().clone(), requires_grad=False)
+    model.set_adapter("c")
+    assert q.active_adapters == ["c"] and q.lora_A["c"].weight.requires_grad and not q.lora_A["b"].weight.requires_grad
+    del blocks[-1]
+    gone = weakref.ref(copied.self_attn.q_proj)
+    del copied, q
+    gc.collect()
+    assert gone() is None, "what left the model is kept alive"
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        made.set_adapter("d")
+        found = list(layers(made.get_base_model()).values())
+        assert all(h.active_adapters == ["d"] for h in found)
+        assert {n.rsplit(".", 2)[1] for n, p in made.named_parameters() if p.requires_grad} == {"d"}
+    assert model.active_adapters == ["c"]
+    assert {n.rsplit(".", 2)[1] for n, p in model.named_parameters() if p.requires_grad} == {"c"}
+
+
+def test_an_adapter_of_some_layers_is_renamed(model: Any) -> None:
+    model.add_adapter("few", lora(r=2, target_modules=["q_proj"]))
+    perturb(model, "few", 7)
+    model.set_adapter("few")
+    before = logits(model)
+    model.rename_adapter("few", "some")
+    assert torch.equal(logits(model), before) and model.active_adapters == ["some"]
+    model.set_adapter("b")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".some" in n)
+    model.set_adapter("some")
+    assert any(p.requires_grad for n, p in model.named_parameters() if ".some" in n)

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -82,15 +83,15 @@ class AdapterHost(Weighted):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones; they alone can be trained, and not in inference mode."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if self.merged and names != self._active:
+        own: dict[str, Any] = self.__dict__  # past torch's own way to attributes, which is slow
+        if own["merged_adapters"] and names != self._active:
             warn(
                 MergeWarning,
                 f"adapters {listing(self.merged_adapters)} were merged; unmerged to activate {listing(names)}.",
             )
             self.unmerge()
-        self._active = names
-        learning = set() if inference_mode else set(names)
-        for name in self._learning - learning:
+        own["_active"] = names
+        for name in [n for n in own["_learning"] if inference_mode or n not in names]:
             self.set_requires_grad(name, False)
         for name in names:
             self.set_requires_grad(name, not inference_mode)
@@ -138,7 +139,7 @@ class AdapterHost(Weighted):
         if not self.holds(name):
             return
         for parameter in self.parameters_of(name):
-            parameter.requires_grad_(requires_grad)
+            parameter.requires_grad = requires_grad
         (self._learning.add if requires_grad else self._learning.discard)(name)
 
     def rename(self, old: str, new: str) -> None:
@@ -229,19 +230,59 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
     return ((n, m) for n, m in _walk(model) if isinstance(m, AdapterHost))
 
 
+class Standing:
+    """The wrappers and shared boxes of a model, as a walk found them; known again for as long as its tree is the same.
+
+    It keeps nothing alive, and a copy of a model starts without.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        found = [] if model is None else _standing(model)
+        self.modules = [weakref.ref(m) for m in found]
+        self.children = _children(found)
+        self.hosts = [i for i, m in enumerate(found) if isinstance(m, AdapterHost)]
+        self.commons = [i for i, m in enumerate(found) if isinstance(m, Common)]
+
+    def of(self, model: nn.Module) -> tuple[list[AdapterHost], list[Common]] | None:
+        """The wrappers and boxes, if the model's tree is still the one that was walked."""
+        found: list[Any] = [known() for known in self.modules]
+        if not found or found[0] is not model or None in found or _children(found) != self.children:
+            return None
+        return [found[i] for i in self.hosts], [found[i] for i in self.commons]
+
+    def __deepcopy__(self, memo: Any) -> Standing:
+        return Standing()
+
+    def __reduce__(self) -> tuple[type[Standing], tuple[()]]:
+        return Standing, ()
+
+
 def standing(model: nn.Module) -> tuple[list[AdapterHost], list[Common]]:
     """Every wrapper, and every tensor box that layers share, without their paths: quicker than `hosts` and `commons`."""
+    known = model.__dict__.get("_standing")
+    found = None if known is None else known.of(model)
+    if found is None:
+        model.__dict__["_standing"] = known = Standing(model)
+        found = known.of(model)
+    assert found is not None
+    return found
+
+
+def _standing(model: nn.Module) -> list[nn.Module]:
+    """All modules, but not the boxes of adapters."""
     found: dict[int, nn.Module] = {id(model): model}
     left = [model]
     while left:
         for module in left.pop()._modules.values():
-            if module is not None and module._modules and id(module) not in found and type(module) is not Box:
+            if module is not None and id(module) not in found and type(module) is not Box:
                 found[id(module)] = module
-                left.append(module)
-            elif isinstance(module, Common):
-                found[id(module)] = module
-    kinds = list(found.values())
-    return [m for m in kinds if isinstance(m, AdapterHost)], [m for m in kinds if isinstance(m, Common)]
+                if not isinstance(module, Common):
+                    left.append(module)
+    return list(found.values())
+
+
+def _children(found: Sequence[nn.Module]) -> list[list[int]]:
+    return [list(map(id, held.values())) if (held := module._modules) else [] for module in found]
 
 
 def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:

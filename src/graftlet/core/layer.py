@@ -152,6 +152,7 @@ class AdaptedLayer(Scales, Boxes):
         self.specs: dict[str, dict[str, Spec]] = {}
         self.settings: dict[str, list[str]] = {}
         self._reads: dict[str, list[tuple[str, str, str | None, Spec]]] = {}
+        self._trained: dict[str, list[tuple[str, list[str], str]]] = {}  # where what learns stands: box, modules, name
         self.commons: dict[str, dict[str, Common]] = {}
         self._peers = Peers(self)
         self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
@@ -203,9 +204,16 @@ class AdaptedLayer(Scales, Boxes):
                 self.__dict__.setdefault(key, {})[name] = value
         self.methods[name], self.configs[name], self.keys[name] = branch.method, branch.config, branch.key
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
-        self._reads[name] = [(attribute(n), *split(n), spec) for n, spec in branch.specs.items()]
+        self._read(name)
         self._learning.add(name)
         self.note_scale(name, branch.settings)
+
+    def _read(self, name: str) -> None:
+        """Note where an adapter's tensors stand, which is asked for in every call."""
+        specs = self.specs[name]
+        self._reads[name] = [(attribute(n), *split(n), spec) for n, spec in specs.items()]
+        paths = [(split(n)[0], [name, *n.split(".")[1:]]) for n, spec in specs.items() if spec.trainable]
+        self._trained[name] = [(box, path[:-1], path[-1]) for box, path in paths]
 
     def mirror(self, adapter: str, tensor_name: str, source: AdaptedLayer, source_name: str) -> None:
         """Let an adapter's tensor be the transpose of another layer's from now on."""
@@ -220,7 +228,7 @@ class AdaptedLayer(Scales, Boxes):
             self._drop(split(tensor_name)[0], name)
         for key in self.settings.pop(name):
             self._drop(key, name)
-        for held in (self.methods, self.configs, self.keys, self.commons, self._reads, self._leaders):
+        for held in (self.methods, self.configs, self.keys, self.commons, self._reads, self._trained, self._leaders):
             held.pop(name, None)
         self._learning.discard(name)
         self.rebased.discard(name)
@@ -278,15 +286,35 @@ class AdaptedLayer(Scales, Boxes):
         for box in self._modules.values():
             if isinstance(box, Box):
                 box.rename(old, new)
-        named = [self.methods, self.configs, self.keys, self.specs, self.settings, self._reads, self.commons]
-        for held in [*named, self._leaders, *(self.__dict__[s] for s in self.settings[old] if s in self.__dict__)]:
+        named = [
+            self.methods,
+            self.configs,
+            self.keys,
+            self.specs,
+            self.settings,
+            self._reads,
+            self._trained,
+            self.commons,
+        ]
+        for held in [
+            *named,
+            self._leaders,
+            *(self.__dict__[s] for s in self.settings.get(old, ()) if s in self.__dict__),
+        ]:
             renamed(held, old, new)
+        if new in self.specs:
+            self._read(new)
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
-        boxes: dict[str, Any] = self._modules
-        held = [(boxes[box][name], entry) for _, box, entry, spec in self._reads[name] if spec.trainable]
-        tensors = [tensor if entry is None else tensor[entry] for tensor, entry in held]
-        return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter)]
+        own: dict[str, Any] = self.__dict__  # asked for once: attributes of modules are slow
+        found, boxes = [], own["_modules"]
+        for box, above, last in own["_trained"][name]:
+            held = boxes[box]
+            for step in above:
+                held = held._modules[step]
+            if (parameter := held._parameters.get(last)) is not None:
+                found.append(parameter)
+        return found
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
         held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
