@@ -80,6 +80,7 @@ def default_targets(name: str) -> dict[str, Any]:
     return {k: v for k, v in merged.items() if v is not None}
 
 
+@functools.cache
 def _load() -> None:
     """Import every module of `graftlet.methods` once; each registers what it defines."""
     package = importlib.import_module("graftlet.methods")

@@ -110,14 +110,46 @@ def of_matrices(change: Tensor, cut: Cut) -> Fitted:
 def of_products(parts: Sequence[Factors], weights: Sequence[float], cut: Cut) -> Fitted:
     """The nearest factors of a weighted sum of products. No matrix larger than the factors is made.
 
-    The factors stand side by side, B `[cells, out, R]` and A `[cells, R, columns]`. With B = Q1 R1 and A^T = Q2 R2, the
-    sum is Q1 (R1 R2^T) Q2^T, whose core alone is decomposed.
+    The factors stand side by side, B `[cells, out, R]` and A `[cells, R, columns]`.
     """
     whole = stacked(parts, weights)
+    return _by_squares(whole, cut) or _by_bases(whole, cut)
+
+
+def _by_bases(whole: Factors, cut: Cut) -> Fitted:
+    """With B = Q1 R1 and A^T = Q2 R2, the product is Q1 (R1 R2^T) Q2^T, whose core alone is decomposed."""
     Q1, R1 = torch.linalg.qr(whole.B)
     Q2, R2 = torch.linalg.qr(whole.A.mT)
     U, S, Vh = torch.linalg.svd(R1 @ R2.mT, full_matrices=False, driver=cut.driver if R1.is_cuda else None)
     return _cut(Q1 @ U, S, Vh @ Q2.mT, cut)
+
+
+def _by_squares(whole: Factors, cut: Cut) -> Fitted | None:
+    """The same for less: with L L^T = B^T B, the product's squared singular values are those of L^T (A A^T) L.
+
+    Squares take half of a double's digits, which leaves what single precision has. None where that is not enough: for
+    doubles, for wide factors, and where directions are wanted that are hardly there.
+    """
+    A, B = whole.A, whole.B
+    rank = A.shape[1]
+    if A.dtype != torch.float32 or 2 * rank > min(A.shape[2], B.shape[1]):
+        return None
+    wide_A, wide_B = A.double(), B.double()
+    left, right = wide_B.mT @ wide_B, wide_A @ wide_A.mT
+    least = left.diagonal(dim1=1, dim2=2).sum(1) * (rank * torch.finfo(left.dtype).eps)
+    L, failed = torch.linalg.cholesky_ex(left + torch.diag_embed(least[:, None].expand(-1, rank)))
+    squares, U = torch.linalg.eigh(L.mT @ right @ L)
+    S, U = squares.clamp(min=0).sqrt().flip(1), U.flip(2)
+    kept = min(cut.count(S.to(A.dtype), max(B.shape[1], A.shape[2])), rank)
+    if bool((failed.any() | (S[:, kept - 1] <= THERE * S[:, 0]).any())):
+        return None
+    turned = L @ (U[..., :kept] / S[:, None, :kept])
+    made = Factors(turned.mT.to(A.dtype) @ A, B @ (right @ turned).to(B.dtype))
+    return _clamped(made, cut), _lost(S, kept)
+
+
+THERE = 1e-6
+"""The share of the largest singular value above which one is found by squares as well as by any other way."""
 
 
 def stacked(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -139,12 +171,22 @@ def apart(parts: Sequence[Factors], weights: Sequence[float], combine: Callable[
 
 def _cut(U: Tensor, S: Tensor, Vh: Tensor, cut: Cut) -> Fitted:
     kept = cut.count(S, max(U.shape[1], Vh.shape[2]))
-    B, A = U[..., :kept] * S[:, None, :kept], Vh[:, :kept]
-    lost, whole = S[:, kept:].double().norm(), S.double().norm()
-    if cut.clamp is not None:
-        top = _quantile(torch.cat([B.flatten(), A.flatten()]), cut.clamp)
-        B, A = B.clamp(-top, top), A.clamp(-top, top)
-    return Factors(A.contiguous(), B.contiguous()), float(lost / whole) if whole else 0.0
+    made = Factors(Vh[:, :kept].contiguous(), (U[..., :kept] * S[:, None, :kept]).contiguous())
+    return _clamped(made, cut), _lost(S, kept)
+
+
+def _clamped(made: Factors, cut: Cut) -> Factors:
+    if cut.clamp is None:
+        return made
+    top = _quantile(torch.cat([made.B.flatten(), made.A.flatten()]), cut.clamp)
+    return Factors(made.A.clamp(-top, top), made.B.clamp(-top, top))
+
+
+def _lost(S: Tensor, kept: int) -> float:
+    """The share of a matrix, by its Frobenius norm, that is in the singular values after these."""
+    squares = S.double().square().sum(0)
+    whole = float(squares.sum())
+    return (float(squares[kept:].sum()) / whole) ** 0.5 if whole else 0.0
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

@@ -247,8 +247,8 @@ def _config(configs: Sequence[PeftConfig], how: Combination, pieces: Mapping[Ada
         return like
     if len(held) < len(pieces):
         raise ConfigError(f"combination_type={how.kind!r} does not go for all layers of these adapters; use exact.")
-    known = [*(lookup(c.peft_type) for c in configs), *entries()]
-    entry = next(e for e in known if issubclass(e.method, Method) and e.method.universal)
+    own = (lookup(c.peft_type) for c in configs)
+    entry = next(e for known in (own, entries()) for e in known if issubclass(e.method, Method) and e.method.universal)
     return entry.method().holding(like, held, any(p.bias is not None for p in pieces.values()))
 
 
