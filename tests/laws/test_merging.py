@@ -19,6 +19,7 @@ from graftlet.registry import entries
 from graftlet.testing.benches import Around, layers, near, perturb, seeded, snapshot
 from graftlet.testing.laws import mergeable
 from graftlet.testing.running import BRAIN, HALF, SINGLE, adapted, run, second
+from graftlet.weights import residual as residuals
 from graftlet.weights.residual import residual
 
 from .cases import SETTINGS, Case
@@ -152,6 +153,26 @@ def test_every_number_comes_back(dtype: torch.dtype) -> None:
             found = held.restored(estimate)
             assert found is not None
             assert bits(found).equal(bits(tensor))
+
+
+@pytest.mark.parametrize("count", [1, 8, 127, 128, 129, 1003])
+def test_bits_are_kept_step_by_step(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long a tensor is beside a step, and whichever step is usual by the time it is brought back."""
+    monkeypatch.setattr(residuals, "STEP", 128)
+    with seeded(0):
+        tensor = torch.randn(count)
+        estimate = tensor * (1 + 1e-6 * torch.randn(count))
+        estimate[::50] *= 3
+    held = residual(tensor, estimate)
+    monkeypatch.setattr(residuals, "STEP", 64)
+    assert held is not None
+    assert len(held.places) == len(estimate[::50])
+    found = held.restored(estimate)
+    assert found is not None
+    assert found.equal(tensor)
+    estimate[0] = 7 * estimate[0] + 1  # kept whole: the estimate does not matter
+    estimate[-1:] *= 1.5 if (count - 1) % 50 else 1
+    assert (held.restored(estimate) is None) == bool((count - 1) % 50)
 
 
 def test_a_weight_that_was_changed_while_merged_is_told() -> None:

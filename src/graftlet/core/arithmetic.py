@@ -141,7 +141,7 @@ def _by_squares(whole: Factors, cut: Cut) -> Fitted | None:
     squares, U = torch.linalg.eigh(L.mT @ right @ L)
     S, U = squares.clamp(min=0).sqrt().flip(1), U.flip(2)
     kept = min(cut.count(S.to(A.dtype), max(B.shape[1], A.shape[2])), rank)
-    if bool((failed.any() | (S[:, kept - 1] <= THERE * S[:, 0]).any())):
+    if bool(failed.any() | (S[:, kept - 1] <= THERE * S[:, 0]).any()):
         return None
     turned = L @ (U[..., :kept] / S[:, None, :kept])
     made = Factors(turned.mT.to(A.dtype) @ A, B @ (right @ turned).to(B.dtype))

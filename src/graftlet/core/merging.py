@@ -63,7 +63,7 @@ class Kept:
         if self.rest is None:
             assert self.whole is not None
             return site.original(self.whole)
-        found = self.rest.restored(led_back(site, self.steps, self.bias))
+        found = self.rest.restored(led_back(site, site.weight, self.steps, self.bias))
         if found is None:
             raise MergeError(
                 f"a {type(site.module).__name__}'s weight was changed, or put into another dtype, while adapters were "
@@ -81,9 +81,8 @@ class Kept:
 
 
 @torch.no_grad()
-def led_back(site: Site, steps: Sequence[Step], bias: Tensor | None) -> Tensor:
-    """An estimate of the original in the kept layout and dtype, from the merged weight that the layer has now."""
-    kept = site.weight
+def led_back(site: Site, kept: Tensor, steps: Sequence[Step], bias: Tensor | None) -> Tensor:
+    """An estimate of the original in the kept layout and dtype, from a merged weight as the layer keeps it."""
     wide = torch.promote_types(kept.dtype, torch.float32)
     W, b = site.canonical(kept.detach()).to(wide), None if bias is None else bias.to(kept.device, wide)
     with exactly(kept.device):
@@ -116,18 +115,28 @@ _choice = threading.RLock()
 def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be."""
     site = layer.site
-    if layer.kept is None:
-        saved = site.save()
-    else:
-        W, b = layer.original()
-        saved = (site.kept(W), b)
-    site.write(*merged)
     if site.storage is not PLAIN:
-        return Kept(whole=saved)
-    made = Kept(steps := _steps(layer, names, True), residual(saved[0], led_back(site, steps, saved[1])), saved[1])
-    if made.nbytes > saved[0].numel():
+        kept = Kept(whole=site.save() if layer.kept is None else _saved(layer))
+    else:
+        W, b = site.read() if layer.kept is None else layer.original()
+        kept = _kept(layer, names, site.kept(W), b, site.kept(merged[0]).to(site.weight.dtype))
+    site.write(*merged)
+    return kept
+
+
+def _saved(layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
+    W, b = layer.original()
+    return layer.site.kept(W), b
+
+
+def _kept(layer: AdaptedLayer, names: Sequence[str], W: Tensor, b: Tensor | None, merged: Tensor) -> Kept:
+    """What brings a plain weight, in the kept layout, back from a merged one that is to stand in its place."""
+    bias = None if b is None else b.detach().clone()
+    made = Kept(steps := _steps(layer, names, True), residual(W, led_back(layer.site, merged, steps, bias)), bias)
+    if made.nbytes > W.numel():
         made = replace(made, steps=_steps(layer, names, False))
-    return made if made.rest is not None and made.nbytes < saved[0].nbytes else Kept(whole=saved)
+    whole = made.rest is None or made.nbytes >= W.nbytes
+    return Kept(whole=(W.detach().clone(), bias)) if whole else made
 
 
 def _steps(layer: AdaptedLayer, names: Sequence[str], copies: bool) -> tuple[Step, ...]:

@@ -94,7 +94,7 @@ class LoRA(Delta):
 
     def delta(self, p: View) -> Tensor:
         A, B = factors(p)
-        return p.site.compose(B, A) * p.scaling
+        return p.site.compose(B, A).mul_(p.scaling)
 
     def delta_bias(self, p: View) -> Tensor | None:
         return p.lora_B_bias * p.scaling if p.lora_bias else None
