@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import graftlet
-from graftlet.core.layer import AdaptedLayer
+from graftlet.core.layer import AdaptedLayer, Base
 from graftlet.errors import AdapterNameError
 from graftlet.testing.benches import layers, near, perturb
 from graftlet.testing.laws import mergeable, weighted
@@ -241,13 +242,17 @@ def test_together_is_as_one_by_one(case: Case) -> None:
     method = layer.methods["default"]
     (x,) = case.bench.example()
     views = [layer.view("default"), layer.view("other")]
+    owner = torch.tensor([0, 1, 1, 0])
     with torch.no_grad():
-        y = method.grouped(views, x, torch.tensor([0, 1, 1, 0]))
-        if y is None:
+        base = Base(layer, pure=True)
+        whole, bias = base(x), base.bias()
+        group = method.grouped(views, base)
+        if group is None:
             assert method.factored(views[0]) is None or method.delta_bias(views[0]) is not None
             return
-        each = [method.update(p, x) for p in views]
-    near(y, torch.stack([each[0][0], each[1][1], each[1][2], each[0][3]]), torch.float32)
+        y = whole + group.added(x, owner, lambda: whole if bias is None else whole - bias)
+        each = [method.forward(p, x, base) for p in views]
+    near(y, torch.stack([each[n][i] for i, n in enumerate(owner.tolist())]), torch.float32)
 
 
 def test_a_second_adapter_costs_what_the_thirtieth_does(model: Any) -> None:
@@ -316,3 +321,127 @@ def test_an_adapter_of_some_layers_is_renamed(model: Any) -> None:
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".some" in n)
     model.set_adapter("some")
     assert any(p.requires_grad for n, p in model.named_parameters() if ".some" in n)
+
+
+ROWS = ["c", "default", "__base__", "d", "c", "b"]
+
+
+def mixed(model: Any) -> Tensor:
+    return logits(model, input_ids=IDS.repeat(3, 1), adapter_names=[r if r in model.peft_config else "b" for r in ROWS])
+
+
+def by_rows(model: Any) -> Tensor:
+    """The same from a copy, which has nothing at hand, with gradients on, when nothing is kept."""
+    rows = [r if r in model.peft_config else "b" for r in ROWS]
+    return copy.deepcopy(model)(input_ids=IDS.repeat(3, 1), adapter_names=rows).logits.detach()
+
+
+def _in_place(model: Any) -> None:
+    with torch.no_grad():
+        for layer in layers(model.get_base_model()).values():
+            layer.lora_B["c"].weight.mul_(-1.5)
+
+
+def _other_data(model: Any) -> None:
+    for layer in layers(model.get_base_model()).values():
+        layer.lora_A["d"].weight.data = layer.lora_A["d"].weight.data * 2
+
+
+def _rounded(model: Any) -> None:
+    model.half()
+    model.float()
+
+
+def _other_weights(model: Any) -> None:
+    state = {k: t * 1.25 if ".b." in k else t for k, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def _base(model: Any) -> None:
+    with torch.no_grad():
+        for layer in layers(model.get_base_model()).values():
+            layer.base_layer.weight.add_(0.1)
+
+
+def _scaled(model: Any) -> None:
+    for layer in layers(model.get_base_model()).values():
+        layer.set_scale("c", 3.0)
+
+
+def _renamed(model: Any) -> None:
+    model.rename_adapter("c", "x")
+    model.rename_adapter("d", "c")
+    model.rename_adapter("x", "d")
+
+
+def _deleted(model: Any) -> None:
+    config = copy.deepcopy(model.peft_config["c"])
+    model.delete_adapter("c")
+    model.add_adapter("c", config)
+    perturb(model, "c", 17)
+
+
+def _learning(model: Any) -> None:
+    model.set_adapter("b")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(input_ids=IDS).logits.square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+def _loaded(model: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["b"])
+        model.delete_adapter("d")
+        model.load_adapter(f"{folder}/b", "d")
+
+
+def _merged(model: Any) -> None:
+    model.merge_adapter(["b"])
+
+
+CHANGES = [
+    _in_place,
+    _other_data,
+    _rounded,
+    _other_weights,
+    _base,
+    _scaled,
+    _renamed,
+    _deleted,
+    _learning,
+    _loaded,
+    _merged,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_group_that_is_kept_is_never_stale(kind: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = graftlet.get_peft_model(llama(), lora(r=2, target_modules=targets, use_dora=kind == "dora"))
+    for rank, name in enumerate(NAMES[1:], 3):
+        model.add_adapter(name, lora(r=rank, target_modules=targets, use_dora=kind == "dora"))
+    for seed, name in enumerate(NAMES):
+        perturb(model, name, seed)
+    model.eval()
+    before = mixed(model)
+    torch.testing.assert_close(before, by_rows(model))
+    with monkeypatch.context() as patched:
+        patched.setattr(AdaptedLayer, "view", lambda *a: pytest.fail("it was made again"))
+        assert torch.equal(mixed(model), before)
+    change(model)
+    after = mixed(model)
+    torch.testing.assert_close(after, by_rows(model))
+    assert change is _merged or not torch.allclose(after, before, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_last_group_is_kept(model: Any) -> None:
+    mixed(model)
+    layer = next(iter(layers(model.get_base_model()).values()))
+    held = weakref.ref(layer._last._held[2].A)
+    logits(model, input_ids=IDS, adapter_names=["b", "c"])
+    assert held() is None
+    held = weakref.ref(layer._last._held[2].A)
+    model.delete_adapter("c")
+    assert held() is None

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
     from ..weights.site import Site
-    from .method import View, Weights
+    from .group import Group
+    from .method import Stage, View, Weights
 
 ROUNDS = 40
 
@@ -65,11 +65,8 @@ class Algebra:
         """The change of the weight as factors; None where it has none, or they are not known."""
         return None
 
-    def grouped(self, views: Sequence[View], x: Tensor, owner: Tensor) -> Tensor | None:
-        """What several adapters add to the output at once, row i what that of `views[owner[i]]` does.
-
-        None where they have to run one by one.
-        """
+    def grouped(self, views: Sequence[View], before: Stage) -> Group | None:
+        """Several adapters as one computation on the stage before; None where they have to run one by one."""
         return None
 
     def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:
@@ -102,16 +99,6 @@ class Algebra:
     def hold(self, p: View, factors: Factors, bias: Tensor | None) -> None:
         """Fill the adapter's tensors, so that it makes this change: of at most its own rank."""
         raise NotImplementedError
-
-
-def together(x: Tensor, parts: Sequence[Factors], owner: Tensor) -> Tensor:
-    """x A^T B^T for rows `x [n, ..., in]`, each with the factors of its owner; lower ranks are filled up with zeros."""
-    r = max(f.A.shape[1] for f in parts)
-    A = torch.stack([pad(f.A[0], (0, 0, 0, r - f.A.shape[1])) for f in parts])
-    B = torch.stack([pad(f.B[0], (0, r - f.B.shape[2])) * f.scale for f in parts])
-    rows = x.reshape(len(x), -1, x.shape[-1])
-    y = rows @ A.index_select(0, owner).mT @ B.index_select(0, owner).mT
-    return y.reshape(*x.shape[:-1], -1)
 
 
 def solved(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.site import Site
 from .context import BASE, Call, current, using
+from .group import Group, LastGroup
 from .host import hosts
 from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
@@ -155,6 +156,7 @@ class AdaptedLayer(Scales, Boxes):
         self._trained: dict[str, list[tuple[str, list[str], str]]] = {}  # where what learns stands: box, modules, name
         self.commons: dict[str, dict[str, Common]] = {}
         self._peers = Peers(self)
+        self._last = LastGroup()
         self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
@@ -204,6 +206,7 @@ class AdaptedLayer(Scales, Boxes):
                 self.__dict__.setdefault(key, {})[name] = value
         self.methods[name], self.configs[name], self.keys[name] = branch.method, branch.config, branch.key
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
+        self._last.clear()
         self._read(name)
         self._learning.add(name)
         self.note_scale(name, branch.settings)
@@ -224,6 +227,7 @@ class AdaptedLayer(Scales, Boxes):
                 self.__dict__[setting][adapter] = source.__dict__[setting][adapter]
 
     def forget(self, name: str) -> None:
+        self._last.clear()
         for tensor_name in self.specs.pop(name):
             self._drop(split(tensor_name)[0], name)
         for key in self.settings.pop(name):
@@ -395,15 +399,43 @@ class AdaptedLayer(Scales, Boxes):
         kinds = {type(self.methods[name]) for name in names}
         if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
             return None
-        rows, owner = call.which(names, len(x), x.device)
-        every = len(rows) == len(x)
-        views = [self.view(name) for name in names]
-        added = self.methods[names[0]].grouped(views, x if every else x.index_select(0, rows), owner)
-        if added is None:
+        group = self._group(names, whole) if x.is_floating_point() else None
+        if group is None:
             return None
-        y = whole(x)
+        rows, owner = call.which(names, len(x), x.device)
+        every, y = len(rows) == len(x), whole(x)
+
+        def plain() -> Tensor:
+            own, b = y if every else y.index_select(0, rows), whole.bias()
+            return own if b is None else own - b
+
+        added = group.added(x if every else x.index_select(0, rows), owner, plain)
         wide = y.to(torch.promote_types(y.dtype, added.dtype))
         return (wide + added if every else wide.index_add(0, rows, added.to(wide.dtype))).to(y.dtype)
+
+    def _group(self, names: tuple[str, ...], whole: Base) -> Group | None:
+        """Adapters as one computation, kept from call to call while nothing that they are made from has changed."""
+        method = self.methods[names[0]]
+
+        def make() -> Group | None:
+            return method.grouped([self.view(name) for name in names], whole)
+
+        sources: list[Any] = [names, self.training, self.cast_input_dtype_enabled, self.site.weight]
+        for name in names:
+            sources += self._sources(name)
+        return self._last.get(sources, make)
+
+    def _sources(self, name: str) -> Iterator[Any]:
+        """All that an adapter's view is made from."""
+        boxes: dict[str, Any] = self._modules
+        yield self.methods[name]
+        for key in self.settings[name]:
+            yield self.__dict__[key][name] if key in self.__dict__ else boxes[key][name]
+        for _, box, entry, _ in self._reads[name]:
+            held = boxes[box][name]
+            yield held if entry is None else held[entry]
+        for common in self.commons.get(name, {}).values():
+            yield from common.tensors(name).values()
 
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
-from .algebra import Algebra, solved, together
+from .algebra import Algebra, solved
+from .group import Group
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -301,15 +302,15 @@ class Delta(Method):
         """Dropout on the adapter's input, where the method has one."""
         return x
 
-    def grouped(self, views: Sequence[View], x: Tensor, owner: Tensor) -> Tensor | None:
+    def grouped(self, views: Sequence[View], before: Stage) -> Group | None:
         first = views[0]
-        if first.training or not first.site.linear or not x.is_floating_point():
+        if first.training or not first.site.linear:
             return None
         parts = [f for p in views if (f := self.factored(p)) is not None]
         biases = [self.delta_bias(p) for p in views]
         if len(parts) < len(views) or len({f.A.dtype for f in parts}) > 1 or any(b is not None for b in biases):
             return None
-        return together(first.cast(x), parts, owner)
+        return Group.of(parts, first.dtype if first.casts else None)
 
     def update(self, p: View, x: Tensor) -> Tensor:
         """What the adapter adds to the output, for an input that has been through `drop`."""

@@ -6,12 +6,15 @@ m holds one magnitude an output; the norm is over each output's weights and is a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...core.group import Group
 from ...core.method import Rewrite, Spec, Stage, View, Weights
 from ...weights.site import Conv, Site
 from . import Wrapper, variant
@@ -69,6 +72,12 @@ class DoRA(Wrapper, Rewrite):
         else:
             plain = p.site.op(dropped, before.weight()[0].to(dropped.dtype))
         return y + p.site.on_channels(lambda v: v * (gain - 1), plain) + p.site.on_channels(lambda v: v * gain, update)
+
+    def grouped(self, views: Sequence[View], before: Stage) -> Group | None:
+        group = self.inner.grouped(views, before)
+        if group is None:
+            return None
+        return replace(group, gain=torch.stack([self._kept_gain(p, before) for p in views]))
 
     def _kept_gain(self, p: View, before: Stage) -> Tensor:
         """The gain on the weight before; under `DoraCaching` as it was found, while no tensor has changed since."""
