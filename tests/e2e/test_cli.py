@@ -161,6 +161,62 @@ def test_combine(graftlet, trained: Path, tmp_path: Path) -> None:
         assert said in err
 
 
+def test_combine_by_a_recipe(graftlet, trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert graftlet("train", trained.parent / "r.toml", f"output={other}", "seed=3")[0] == 0
+    file = tmp_path / "mix.toml"
+    text = f"""output = "{tmp_path}/sum"
+kind = "svd"
+rank = 2
+[[adapters]]
+source = "{trained}"
+weight = 0.5
+[[adapters]]
+source = "other"
+weight = -0.25
+[evaluation]
+recipe = "{trained.parent}/r.toml"
+"""
+    file.write_text(text)
+    status, out, err = graftlet("combine", file)
+    assert not err
+    assert status == 0
+    assert "0.5 × " in out
+    assert "-0.25 × " in out
+    assert "ranks 2 to 2" in out
+    status, out, _ = graftlet("combine", file, "rank=3", f"output={tmp_path}/three")
+    assert status == 0
+    assert "ranks 3 to 3" in out
+    assert json.loads((tmp_path / "three" / "adapter_config.json").read_text())["r"] == 3
+    status, out, _ = graftlet("combine", file, "--search", "--out", tmp_path / "best")
+    assert status == 0
+    assert "held-out loss" in out
+    for old, new, said in (
+        (
+            "weight = -0.25",
+            "weigth = -0.25",
+            f"{file}:9: adapters.1.weigth: there is no such key, did you mean 'weight'",
+        ),
+        ('kind = "svd"', 'kind = "svt"', "did you mean 'svd'"),
+        ("rank = 2", "rank = 0", f"{file}:3: rank = 0"),
+        ("rank = 2", "rank = 2\nenergy = 0.5", "rank and energy"),
+        ("weight = 0.5\n", "", "a weight for each of them, or for none"),
+        ('r.toml"\n', 'r.toml"\nsearch = true\n', "leave them out"),
+        ("[[adapters]]", "[[adapter]]", "did you mean 'adapters'"),
+    ):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        status, _, err = graftlet("combine", file, "--out", tmp_path / "none")
+        assert (status, said in err) == (1, True), err
+    status, _, err = graftlet("combine", file, "--rank", 3)
+    assert status == 1
+    assert "key=value" in err
+    status, _, err = graftlet("combine", trained, other)
+    assert status == 1
+    assert "--out is missing" in err
+    assert not (tmp_path / "none").exists()
+
+
 def adapted_layers(model):
     return [(path, host) for path, host in hosts(model) if isinstance(host, AdaptedLayer)]
 

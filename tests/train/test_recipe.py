@@ -9,6 +9,7 @@ import pytest
 
 from graftlet.errors import ConfigError, UnknownMethodError, UnsupportedOptionError
 from graftlet.train import locate
+from graftlet.train.mixture import load_mixture
 from graftlet.train.prepare import adapter_config
 from graftlet.train.recipe import load_recipe
 
@@ -158,3 +159,25 @@ i = "#"
     assert found["t", "many", 1, "deep", "i"] == 15
     assert locate.line_of(found, ("t", "many", 1, "missing")) == 13
     assert locate.line_of(found, ("q",)) is None
+
+
+def test_the_example_of_a_combination_is_read() -> None:
+    file = Path(__file__).parents[2] / "examples" / "recipes" / "combination.toml"
+    found = load_mixture(file, ["adapters=[{source='a'}, {source='b'}]"])
+    assert found.weights is None
+    assert found.evaluation is not None
+    assert Path(found.beside(found.evaluation.recipe)) == file.with_name("sms-spam.toml")
+    assert load_mixture(file).weights == [0.7, 0.3]
+    for override, said in (
+        ("kind=svt", "command line: kind = 'svt': there is no such kind, did you mean 'svd'?"),
+        ("ranc=3", "command line: ranc: there is no such key, did you mean 'rank'?"),
+        (
+            "evaluation.serch=true",
+            "evaluation.serch: there is no such key, did you mean 'search'? Allowed: recipe, search.",
+        ),
+        ("evaluation.search=true", "leave them out"),
+        ("rank=2", "rank and energy: give one of them, or none"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_mixture(file, [override])
+        assert said in str(caught.value)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import GraftletError, TrainingInterrupted
+from ..errors import CallError, GraftletError, TrainingInterrupted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -125,8 +125,11 @@ def merge(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, of one base.")],
-    out: Annotated[Path, typer.Option(help="The folder for the combined adapter.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Folders or hub ids, of one base; or a TOML file, and key=value."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The folder for the combined adapter.")] = None,
     weights: Annotated[str | None, typer.Option(help="0.7,0.3: one an adapter. Default: all the same.")] = None,
     kind: Annotated[str, typer.Option(help="exact, svd, cat, linear, ties, ties_svd, dare_linear, ...")] = "exact",
     rank: Annotated[int | None, typer.Option(min=1, help="The rank of the result.")] = None,
@@ -139,13 +142,24 @@ def combine(
     dtype: Dtype = None,
     device: Device = "cpu",
 ) -> None:
-    """Make one adapter of several: their weighted sum."""
+    """Make one adapter of several: their weighted sum.
+
+    `graftlet combine combination.toml` does what a recipe of a combination says; --search finds the weights.
+    """
     _quiet()
     from . import _combine
 
+    if adapters[0].endswith(".toml"):
+        if kind != "exact" or sign != "total" or any(v is not None for v in (weights, rank, energy, density, dtype)):
+            raise CallError(f"{adapters[0]} says how: change it there, or by key=value after it, such as kind=svd.")
+        _combine.by_recipe(adapters[0], adapters[1:], out, recipe, search, base, device)
+        return
+    if out is None:
+        raise CallError("--out is missing: the folder for the combined adapter.")
     how = _combine.How(kind, rank, energy, density, sign)
     where = {"base": base, "dtype": dtype, "device": device}
-    _combine.combine(adapters, out, how, weights=weights, recipe=recipe, search=search, where=where)
+    given = None if weights is None else _combine.numbers(weights)
+    _combine.combine(adapters, out, how, weights=given, recipe=recipe, search=search, where=where)
 
 
 @app.command()

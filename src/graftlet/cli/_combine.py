@@ -13,6 +13,7 @@ from rich.console import Console
 from ..core.combine import Fit
 from ..errors import CallError, GraftletWarning
 from ..train.adapter import Opened, open_adapter
+from ..train.mixture import load_mixture
 from ..train.recipe import load_recipe
 from ..train.sources import whole_or_not_at_all
 from ..train.weights import HeldOut, Search
@@ -52,12 +53,14 @@ def combine(
     out: Path,
     how: How,
     *,
-    weights: str | None,
+    weights: list[float] | None,
     recipe: Path | None,
     search: bool,
     where: dict[str, Any],
 ) -> None:
     """Write the weighted combination of adapters of one base into `out`.
+
+    weights: one an adapter; None: all the same, or to be searched for. recipe: whose held-out examples a search is on.
 
     Raises:
         CallError: `out` is taken, or the options do not go together.
@@ -80,20 +83,53 @@ def combine(
     console.print(f"{out}/", soft_wrap=True)
 
 
-def _check(adapters: list[str], out: Path, weights: str | None, recipe: Path | None, search: bool) -> list[float]:
+def by_recipe(
+    file: str,
+    overrides: list[str],
+    out: Path | None,
+    recipe: Path | None,
+    search: bool,
+    base: str | None,
+    device: str,
+) -> None:
+    """The combination that a TOML file asks for, with options in place of what it says. Raises `ConfigError` too."""
+    asked = load_mixture(file, overrides)
+    trial = asked.evaluation
+    examples = recipe or (Path(asked.beside(trial.recipe)) if trial is not None else None)
+    combine(
+        [asked.beside(part.source) for part in asked.adapters],
+        Path(asked.output) if out is None else out,
+        How(asked.kind, asked.rank, asked.energy, asked.density, asked.sign),
+        weights=None if search else asked.weights,
+        recipe=examples,
+        search=search or (trial is not None and trial.search),
+        where={"base": base or asked.base, "dtype": asked.dtype, "device": asked.device if device == "cpu" else device},
+    )
+
+
+def numbers(text: str) -> list[float]:
+    """The numbers of an option."""
+    try:
+        return [float(w) for w in text.split(",")]
+    except ValueError:
+        raise CallError(f"--weights {text!r}: numbers with commas between them are needed, as 0.7,0.3.") from None
+
+
+def _check(
+    adapters: list[str], out: Path, weights: list[float] | None, recipe: Path | None, search: bool
+) -> list[float]:
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise CallError(f"{out} exists and is not empty; choose another folder.")
     if search and (recipe is None or weights is not None):
-        raise CallError("--search finds the weights on a recipe's held-out examples: give --recipe, and no --weights.")
+        raise CallError(
+            "--search finds the weights on a recipe's held-out examples: give --recipe (or, in a recipe of a "
+            "combination, [evaluation] recipe), and no --weights."
+        )
     if weights is None:
         return [1 / len(adapters)] * len(adapters)
-    try:
-        found = [float(w) for w in weights.split(",")]
-    except ValueError:
-        raise CallError(f"--weights {weights!r}: numbers with commas between them are needed, as 0.7,0.3.") from None
-    if len(found) != len(adapters):
-        raise CallError(f"--weights has {len(found)} numbers for {len(adapters)} adapters.")
-    return found
+    if len(weights) != len(adapters):
+        raise CallError(f"--weights has {len(weights)} numbers for {len(adapters)} adapters.")
+    return weights
 
 
 def _loaded(opened: Opened, adapters: list[str]) -> list[str]:

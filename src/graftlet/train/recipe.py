@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
@@ -182,21 +182,8 @@ class EvaluationTable(Table):
         return self
 
 
-class Recipe(Table):
-    """A training run. Made by `load_recipe`, or in Python from nested dictionaries or these classes."""
-
-    output: str
-    """The folder that becomes the adapter: its files, the report, the summary and the checkpoints."""
-    overwrite: bool = False
-    resume: bool = False
-    seed: int = 0
-    title: str = ""
-    model: ModelTable
-    adapter: AdapterTable = AdapterTable()
-    quantization: QuantizationTable | None = None
-    data: DataTable
-    training: TrainingTable = TrainingTable()
-    evaluation: EvaluationTable = EvaluationTable()
+class File(Table):
+    """The whole of a recipe's file."""
 
     _folder: Path = PrivateAttr(default=Path())
     _lines: dict[locate.Path, int] = PrivateAttr(default_factory=dict)
@@ -212,12 +199,37 @@ class Recipe(Table):
         return _place(self._file, self._lines, path)
 
 
+class Recipe(File):
+    """A training run. Made by `load_recipe`, or in Python from nested dictionaries or these classes."""
+
+    output: str
+    """The folder that becomes the adapter: its files, the report, the summary and the checkpoints."""
+    overwrite: bool = False
+    resume: bool = False
+    seed: int = 0
+    title: str = ""
+    model: ModelTable
+    adapter: AdapterTable = AdapterTable()
+    quantization: QuantizationTable | None = None
+    data: DataTable
+    training: TrainingTable = TrainingTable()
+    evaluation: EvaluationTable = EvaluationTable()
+
+
 def load_recipe(file: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a TOML file, with `key=value` overrides: `training.epochs=2`, or `epochs=2` where one key has it.
 
     Raises:
         ConfigError: the file is missing or no TOML, or a key or a value is wrong; with file, line and the right key.
     """
+    return load_file(Recipe, file, overrides)
+
+
+F = TypeVar("F", bound=File)
+
+
+def load_file(kind: type[F], file: str | Path, overrides: Iterable[str] = ()) -> F:
+    """A recipe of any kind, as `load_recipe` loads one of training."""
     path = Path(file)
     try:
         text = path.read_text(encoding="utf-8")
@@ -228,17 +240,22 @@ def load_recipe(file: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: this is no TOML: {error}.") from error
     lines = locate.key_lines(text)
     for override in overrides:
-        _override(values, lines, override)
-    return check(values, str(path), lines)
+        _override(kind, values, lines, override)
+    return checked(kind, values, str(path), lines)
 
 
 def check(values: dict[str, Any], file: str = "", lines: dict[locate.Path, int] | None = None) -> Recipe:
     """The recipe of nested dictionaries; `ConfigError` names every wrong key."""
+    return checked(Recipe, values, file, lines)
+
+
+def checked(kind: type[F], values: dict[str, Any], file: str = "", lines: dict[locate.Path, int] | None = None) -> F:
+    """A recipe of any kind, as `check` makes one of training."""
     try:
-        recipe = Recipe.model_validate(values)
+        recipe = kind.model_validate(values)
     except ValidationError as error:
         found = lines or {}
-        said = [_explain(e, file, found) for e in error.errors(include_url=False)]
+        said = [_explain(kind, e, file, found) for e in error.errors(include_url=False)]
         raise ConfigError("\n".join(dict.fromkeys(said))) from None
     recipe._folder, recipe._lines, recipe._file = Path(file).parent, lines or {}, file
     return recipe
@@ -256,20 +273,22 @@ def _place(file: str, lines: dict[locate.Path, int], path: Sequence[str | int]) 
     return where + ".".join(map(str, path))
 
 
-def _explain(error: Any, file: str, lines: dict[locate.Path, int]) -> str:
+def _explain(kind: type[File], error: Any, file: str, lines: dict[locate.Path, int]) -> str:
     path = tuple(p for p in error["loc"] if not _UNION_MEMBER.match(str(p)))
     place = _place(file, lines, path)
     if error["type"] == "extra_forbidden":
-        allowed = sorted(_table_at(path[:-1]).model_fields)
+        allowed = sorted(_table_at(kind, path[:-1]).model_fields)
         return f"{place}: there is no such key{nearest(str(path[-1]), allowed) or '.'} Allowed: {listing(allowed, 40)}."
     if error["type"] == "missing":
         return f"{place}: this key is missing."
     said = error["msg"].removeprefix("Value error, ")
+    if not path:
+        return f"{file}: {said}." if file else f"{said}."
     return f"{place}: {said}." if isinstance(error["input"], dict) else f"{place} = {error['input']!r}: {said}."
 
 
-def _table_at(path: Sequence[str | int]) -> type[BaseModel]:
-    table: type[BaseModel] = Recipe
+def _table_at(kind: type[File], path: Sequence[str | int]) -> type[BaseModel]:
+    table: type[BaseModel] = kind
     for name in path:
         if isinstance(name, str):
             table = _tables(table)[name]
@@ -286,11 +305,11 @@ def _tables(table: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return found
 
 
-def _override(values: dict[str, Any], lines: dict[locate.Path, int], text: str) -> None:
+def _override(kind: type[File], values: dict[str, Any], lines: dict[locate.Path, int], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals:
         raise ConfigError(f"command line: {text!r} is no override; write it as key=value, such as output=runs/a.")
-    path = _long_key(key.strip())
+    path = _long_key(kind, key.strip())
     table = values
     for name in path[:-1]:
         table = table.setdefault(name, {})
@@ -300,17 +319,15 @@ def _override(values: dict[str, Any], lines: dict[locate.Path, int], text: str) 
     lines[path] = 0
 
 
-def _long_key(key: str) -> tuple[str, ...]:
+def _long_key(kind: type[File], key: str) -> tuple[str, ...]:
     path = tuple(key.split("."))
-    if len(path) > 1 or key in Recipe.model_fields:
+    if len(path) > 1 or key in kind.model_fields:
         return path
-    owners = [name for name, table in _tables(Recipe).items() if key in table.model_fields]
+    owners = [name for name, table in _tables(kind).items() if key in table.model_fields]
     if len(owners) == 1:
         return owners[0], key
     if owners:
         raise ConfigError(f"command line: {key!r} is ambiguous: {' or '.join(f'{o}.{key}' for o in owners)}?")
-    known = {*Recipe.model_fields, *(k for t in _tables(Recipe).values() for k in t.model_fields)}
-    raise ConfigError(
-        f"command line: {key}: there is no such key{nearest(key, known) or '.'} "
-        f"A field of the adapter's method is written adapter.{key}=..."
-    )
+    known = {*kind.model_fields, *(k for t in _tables(kind).values() for k in t.model_fields)}
+    own = f" A field of the adapter's method is written adapter.{key}=..." if kind is Recipe else ""
+    raise ConfigError(f"command line: {key}: there is no such key{nearest(key, known) or '.'}{own}")
