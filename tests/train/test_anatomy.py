@@ -12,6 +12,7 @@ import torch
 from graftlet import LoraConfig, get_peft_model
 from graftlet.errors import AdapterFileError
 from graftlet.train.anatomy import anatomy_page, effective_rank, read_anatomy, spectrum
+from graftlet.train.comparison import compared
 
 from . import tiny
 
@@ -51,9 +52,64 @@ def test_norms_and_ranks_are_those_of_the_dense_delta(tmp_path: Path, fields: di
         assert layer["shape"] == list(before[name].shape)
 
 
-def test_convolutions_and_zero_deltas() -> None:
-    a, b = torch.randn(3, 5, 2, 2), torch.randn(7, 3, 1, 1)
-    dense = torch.linalg.svdvals(b.reshape(7, 3) @ a.reshape(3, 20))[:3].double()
+class Experts(torch.nn.Module):
+    """Two stacks of three experts, `[experts, out, in]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(3, 12, 8))
+        self.down = torch.nn.Parameter(torch.randn(3, 8, 12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("eoi,bi->beo", self.down @ self.up, x).sum(1)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = Experts(), torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.experts(x))
+
+
+@pytest.mark.parametrize("fields", [{}, {"rank_pattern": {"experts.up": 4}}, {"use_rslora": True}], ids=str)
+def test_stacks_of_experts_are_measured_expert_by_expert(tmp_path: Path, fields: dict[str, object]) -> None:
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        config = LoraConfig(
+            r=2, lora_alpha=6, target_modules=["head"], target_parameters=["experts.up", "experts.down"], **fields
+        )  # type: ignore
+        model = get_peft_model(Block(), config)
+        torch.manual_seed(5 + seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(str(tmp_path / str(seed)))
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n and "bias" not in n}
+        model.merge_adapter()  # type: ignore[operator]
+        after = dict(model.named_parameters())
+        found.append([(after[n] - t).double() for n, t in before.items()])
+    norms = sorted(float(change.norm()) for change in found[0])
+    facts = read_anatomy(tmp_path / "0")["layers"]
+    assert sorted(layer["norm"] for layer in facts) == pytest.approx(norms, rel=1e-5)
+    stacks = [layer for layer in facts if "experts" in layer["name"]]
+    assert sorted(layer["shape"] for layer in stacks) == [[3, 8, 12], [3, 12, 8]]
+    for layer in stacks:
+        change = next(c for c in found[0] if list(c.shape) == layer["shape"])
+        values = torch.linalg.svdvals(change)[:, : layer["rank"]]
+        expected = values.flatten().sort(descending=True).values
+        assert layer["singular_values"] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert layer["effective_rank"] == pytest.approx(sum(map(effective_rank, values)) / 3, rel=1e-4)
+    told = compared(tmp_path / "0", tmp_path / "1")["layers"]
+    distances = sorted(float((a - b).norm()) for a, b in zip(*found, strict=True))
+    assert sorted(layer["distance"] for layer in told) == pytest.approx(distances, rel=1e-5)
+
+
+def test_factors_and_zero_deltas() -> None:
+    a, b = torch.randn(3, 20), torch.randn(7, 3)
+    dense = torch.linalg.svdvals(b @ a)[:3].double()
     torch.testing.assert_close(spectrum(a, b), dense, rtol=1e-5, atol=1e-5)
     assert effective_rank(spectrum(a, torch.zeros_like(b))) == 0.0
     assert effective_rank(torch.ones(3)) == pytest.approx(3)

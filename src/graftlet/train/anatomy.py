@@ -30,7 +30,8 @@ def read_anatomy(source: str | Path) -> Facts:
     """The facts of an adapter directory: method, targets, sizes, and for each layer its norms and ranks.
 
     A layer of low-rank factors has `norm`, the Frobenius norm of its delta; `effective_rank`, the exponential of the
-    entropy of its singular values (1 to `rank`); and `singular_values`. Every tensor has its own norm.
+    entropy of its singular values (1 to `rank`; of a stack of experts, their mean); and `singular_values`, those of all
+    experts. Every tensor has its own norm.
 
     Raises:
         AdapterFileError: no adapter, or a file that cannot be read.
@@ -78,17 +79,17 @@ def _tensor(name: str, tensor: Tensor) -> Facts:
 
 
 def read_changes(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """What an adapter adds, by layer, as factors B `[out, r]` and A `[r, columns]` in float64; another tensor, `[1, n]`,
-    by its name, as the pair of a one and itself."""
+    """What an adapter adds, by layer, as factors B `[cells, out, r]` and A `[cells, r, columns]` in float64, a cell an
+    expert of a stack; another tensor, `[1, 1, n]`, by its name, as the pair of a one and itself."""
     tensors, config = _tensors(find_file(source, WEIGHTS)), json.loads(PeftConfig.from_pretrained(source).to_json())
     found, taken = dict[str, tuple[Tensor, Tensor]](), set[str]()
     for layer, names in _pairs(tensors):
-        first, second = (tensors[n].double() for n in names)
-        found[layer] = second.reshape(len(second), -1) * _scaling(layer, len(first), config), first.flatten(1)
+        A, B = _cells(layer, *(tensors[n] for n in names), config)
+        found[layer] = B * _scaling(layer, A.shape[1], config), A
         taken |= set(names)
     for name in tensors.keys() - taken:
         if tensors[name].is_floating_point():
-            found[name] = torch.ones(1, 1, dtype=torch.float64), tensors[name].double().reshape(1, -1)
+            found[name] = torch.ones(1, 1, 1, dtype=torch.float64), tensors[name].double().reshape(1, 1, -1)
     return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
 
 
@@ -105,29 +106,52 @@ def _layers(tensors: dict[str, Tensor], config: Facts) -> list[Facts]:
 
 
 def _low_rank(layer: str, a: Tensor, b: Tensor, config: Facts) -> Facts:
-    rank = a.shape[0]
-    scaling = _scaling(layer, rank, config)
-    values = abs(scaling) * spectrum(a, b)
+    A, B = _cells(layer, a, b, config)
+    scaling = _scaling(layer, A.shape[1], config)
+    values = abs(scaling) * spectrum(A, B)
+    ranks = [effective_rank(own) for own in values]
     return {
         "name": layer,
-        "rank": rank,
+        "rank": A.shape[1],
         "scaling": scaling,
         "norm": float(torch.linalg.vector_norm(values)),
-        "effective_rank": effective_rank(values),
-        "singular_values": [float(v) for v in values],
-        "shape": [b.shape[0], a[0].numel()],
+        "effective_rank": sum(ranks) / len(ranks),
+        "singular_values": [float(v) for v in values.flatten().sort(descending=True).values],
+        "shape": [*([len(A)] if len(A) > 1 else []), B.shape[1], A.shape[2]],
     }
 
 
+def _cells(layer: str, a: Tensor, b: Tensor, config: Facts) -> tuple[Tensor, Tensor]:
+    """A `[cells, r, columns]` and B `[cells, out, r]`, float64: one cell, or one an expert of a stack.
+
+    A stack has as many times the adapter's rank in rows of A, and in columns of B, which go through the experts first.
+    """
+    A, B = a.double().flatten(1), b.double().reshape(b.shape[0], -1)
+    rank = _expert_rank(layer, len(A), config)
+    return A.reshape(-1, rank, A.shape[1]), B.reshape(len(B), rank, -1).permute(2, 0, 1)
+
+
+def _expert_rank(layer: str, rows: int, config: Facts) -> int:
+    """The rank of each expert, where the layer is a module whose bare parameters are adapted; else all rows of A."""
+    module = re.sub(r"(\.base_layer)+$", "", layer)
+    held = [t for t in config.get("target_parameters") or () if _matches(re.escape(t.rpartition(".")[0]), module)]
+    patterns = config.get("rank_pattern") or {}
+    for target in held:
+        path = f"{module}.{target.rpartition('.')[2]}"
+        rank = next((r for pattern, r in patterns.items() if _matches(pattern, path)), config.get("r", rows))
+        if rows % rank == 0:
+            return rank
+    return rows
+
+
 def spectrum(a: Tensor, b: Tensor) -> Tensor:
-    """The singular values of `b @ a`, largest first, float64. a: `[r, in, ...]`; b: `[out, r, ...]`.
+    """The singular values of `b @ a`, largest first, float64. a: `[..., r, in]`; b: `[..., out, r]`.
 
     From the QR factors of both: nothing larger than the factors is made.
     """
-    rank = a.shape[0]
-    right = torch.linalg.qr(a.reshape(rank, -1).T.double(), mode="r").R
-    left = torch.linalg.qr(b.reshape(-1, rank).double(), mode="r").R
-    return torch.linalg.svdvals(left @ right.T)
+    right = torch.linalg.qr(a.mT.double(), mode="r").R
+    left = torch.linalg.qr(b.double(), mode="r").R
+    return torch.linalg.svdvals(left @ right.mT)
 
 
 def effective_rank(values: Tensor) -> float:

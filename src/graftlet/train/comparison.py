@@ -52,7 +52,7 @@ def _sorted(value: Any) -> Any:
 def _beside(one: Pair | None, two: Pair | None) -> Facts:
     norms = [None if p is None else _product(p, p) ** 0.5 for p in (one, two)]
     facts: Facts = {"norm_first": norms[0], "norm_second": norms[1], "distance": None, "cosine": None}
-    if one is None or two is None or one[1].shape[1:] != two[1].shape[1:] or one[0].shape[0] != two[0].shape[0]:
+    if one is None or two is None or _size(one) != _size(two):
         return facts
     inner, (a, b) = _product(one, two), [n or 0.0 for n in norms]
     facts["distance"] = max(a**2 + b**2 - 2 * inner, 0.0) ** 0.5
@@ -61,7 +61,13 @@ def _beside(one: Pair | None, two: Pair | None) -> Facts:
 
 
 def _product(one: Pair, two: Pair) -> float:
-    """The inner product of two changes, of factors B `[out, r]` and A `[r, columns]`; never negative for a change itself."""
+    """The inner product of two changes, of factors as `read_changes` gives them; never negative for a change itself."""
     (B1, A1), (B2, A2) = one, two
-    value = float(torch.sum((B1.T @ B2) * (A1 @ A2.T)))
+    value = float(torch.sum((B1.mT @ B2) * (A1 @ A2.mT)))
     return max(value, 0.0) if one is two else value
+
+
+def _size(pair: Pair) -> tuple[int, int, int]:
+    """`cells, out, columns`."""
+    B, A = pair
+    return len(A), B.shape[1], A.shape[2]
