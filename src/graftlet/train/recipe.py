@@ -132,8 +132,8 @@ class TrainingTable(Table):
     optimizer: str = "adamw_torch"
     """One of transformers' names, or one made for LoRA: loraplus, lorafa, riemannian."""
     optimizer_options: dict[str, Any] = {}
-    """Of loraplus: `ratio` (16), `embedding_lr`, `base` (AdamW, or any class of torch or bitsandbytes); of riemannian:
-    `reg` (0.01), `base`."""
+    """Of loraplus: `ratio` (16), `embedding_lr`, `base` (AdamW, or any class of torch or bitsandbytes, such as AdamW8bit); of
+    lorafa: `base`; of riemannian: `reg` (0.01), `base`. Whatever else is given goes to the optimiser's class."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast. Not needed where the model itself is loaded as bfloat16: the adapter is float32 all the same."""
     packing: bool = False
