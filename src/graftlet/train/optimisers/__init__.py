@@ -57,7 +57,7 @@ def eight_bit(optimizer_cls: type[Optimizer]) -> bool:
 
 def keep_embeddings_exact(model: nn.Module) -> None:
     """Let bitsandbytes keep the optimiser's state of embeddings in 32 bits: in 8 they are unstable."""
-    import bitsandbytes  # pyright: ignore[reportMissingImports]  an 8-bit optimiser is in hand
+    import bitsandbytes  # an 8-bit optimiser is in hand
 
     optim: Any = bitsandbytes.optim
     manager = optim.GlobalOptimManager.get_instance()
