@@ -91,12 +91,12 @@ class Plan:
         sites = {key: item.site for key, item in branches.items() if item.site is not None}
         for method in self.methods():
             specs = method.commons(self.config, sites)
-            kept = next(iter(sites.values())).weight if specs else None
-            if kept is None:
+            if not specs:
                 continue
-            made = {n: as_held(_empty(s.shape, s, kept, meta, widen), s) for n, s in specs.items()}
+            like = next(iter(sites.values()))
+            made = {n: as_held(_empty(s.shape, s, like, meta, widen), s) for n, s in specs.items()}
             if not meta or any(not s.saved for s in specs.values()):
-                made = {n: as_held(_empty(s.shape, s, kept, False, widen), s) for n, s in specs.items()}
+                made = {n: as_held(_empty(s.shape, s, like, False, widen), s) for n, s in specs.items()}
                 with torch.no_grad():
                     method.init_commons(self.config, made)
             self.commons.update({n: (specs[n], made[n]) for n in specs})
@@ -214,27 +214,26 @@ class Saved(Replace):
 
 def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> None:
     """Allocate a branch's tensors and start them."""
-    kept = site.weight
-    dtype = adapter_dtype(kept, widen)
+    dtype = adapter_dtype(site.dtype, widen)
     run = init or branch.method.derived(branch.config)
     for tensor_name, spec in branch.specs.items():
         shape = branch.method.stacked(tensor_name, spec, site.stack) if site.stack else spec.shape
-        branch.tensors[tensor_name] = as_held(_empty(shape, spec, kept, meta and not run, widen), spec)
-    if run and kept.device.type != "meta":
+        branch.tensors[tensor_name] = as_held(_empty(shape, spec, site, meta and not run, widen), spec)
+    if run and site.device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
 
 
-def _empty(shape: tuple[int, ...], spec: Spec, kept: Tensor, meta: bool, widen: bool) -> Tensor:
-    dtype = spec.dtype or adapter_dtype(kept, widen)
+def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bool) -> Tensor:
+    dtype = spec.dtype or adapter_dtype(like.dtype, widen)
     try:
-        return torch.empty(shape, dtype=dtype, device="meta" if meta else kept.device)
+        return torch.empty(shape, dtype=dtype, device="meta" if meta else like.device)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         size = math.prod(shape) * dtype.itemsize / 2**30
         raise ConfigError(
-            f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {kept.device} has: "
+            f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {like.device} has: "
             "lower the rank, or whatever sets that size."
         ) from error
 

@@ -306,7 +306,7 @@ class AdaptedLayer(Scales, Boxes):
             if (spec.disk or tensor_name) == key:
                 held = self.tensor(name, tensor_name)
                 if held.is_meta:
-                    made = as_held(value.to(self.site.weight.device, held.dtype, copy=True), spec)
+                    made = as_held(value.to(self.site.device, held.dtype, copy=True), spec)
                     self.put(name, tensor_name, made.requires_grad_(held.requires_grad), spec)
                 else:
                     held.copy_(value)
@@ -328,10 +328,10 @@ class AdaptedLayer(Scales, Boxes):
             if not names and not base.pure:
                 return self.base_layer(x, *args, **kwargs)
             W, b = stage.weight()
-            kept = self.site.weight.dtype
+            kept = self.site.dtype
             return self.site.op(x, W.to(kept), b if b is None else b.to(kept), *args, **kwargs)
         y = stage(x)
-        return y.to(base.dtype or (x.dtype if x.is_floating_point() else self.site.weight.dtype))
+        return y.to(base.dtype or (x.dtype if x.is_floating_point() else self.site.dtype))
 
     def _stages(self, names: list[str], stage: Stage) -> Stage:
         for name in names:
@@ -383,7 +383,7 @@ class AdaptedLayer(Scales, Boxes):
         alone = call.alone if call is not None else None
         names = self.acting(call) if alone is None else [alone] if alone in self.methods else []
         W, b = self._stages(names, Base(self, pure=self.pure(call) or alone is not None)).weight()
-        kept = self.site.weight.dtype
+        kept = self.site.dtype
         return self.site.kept(W).to(kept), None if b is None else b.to(kept)
 
     # merging
@@ -441,7 +441,7 @@ class AdaptedLayer(Scales, Boxes):
         if not names:
             return
         self.check_together([*self.merged_adapters, *names])
-        with exactly(self.site.weight.device):
+        with exactly(self.site.device):
             W, b = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not (finite(W) and (b is None or finite(b))):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")

@@ -116,18 +116,24 @@ _choice = threading.RLock()
 def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be."""
     site = layer.site
+    if site.storage is not PLAIN:
+        return _write_packed(layer, merged)
     if layer.kept is None:
         saved = site.save()
     else:
         W, b = layer.original()
         saved = (site.kept(W), b)
     site.write(*merged)
-    if site.storage is not PLAIN:
-        return Kept(whole=saved)
     made = Kept(steps := _steps(layer, names, True), residual(saved[0], led_back(site, steps, saved[1])), saved[1])
     if made.nbytes > saved[0].numel():
         made = replace(made, steps=_steps(layer, names, False))
     return made if made.rest is not None and made.nbytes < saved[0].nbytes else Kept(whole=saved)
+
+
+def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:
+    kept = Kept(whole=layer.site.save()) if layer.kept is None else layer.kept
+    layer.site.write(*merged)
+    return kept
 
 
 def _steps(layer: AdaptedLayer, names: Sequence[str], copies: bool) -> tuple[Step, ...]:
@@ -140,7 +146,7 @@ def _step(layer: AdaptedLayer, name: str, copies: bool) -> Step:
     Large adapters are not copied; where one is changed by other ways than the library's while it is merged, the original
     is lost, which is noticed.
     """
-    view = layer.view(name, torch.promote_types(layer.site.weight.dtype, torch.float32))
+    view = layer.view(name, torch.promote_types(layer.site.dtype, torch.float32))
     fixed = {id(layer.tensor(name, t)) for t, spec in layer.specs[name].items() if not spec.trainable}
     held: dict[str, Any] = {"training": False}
     size = 0

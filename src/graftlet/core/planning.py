@@ -214,6 +214,8 @@ def _view(config: PeftConfig, site: Site, key: str, settings: dict[str, Any]) ->
 
 def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
     method: Method = entry.method().pick(site, config, path)
+    if method.reads_weight:
+        site.check_readable(f"{entry.name} on {path!r}")
     settings = method.settings(site, config, path)
     return Branch(method, config, path, settings, method.params(site, _view(config, site, path, settings)))
 

@@ -304,7 +304,6 @@ def as_held(tensor: Tensor, spec: Spec) -> Tensor:
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if spec.trainable else tensor
 
 
-def adapter_dtype(kept: Tensor, widen: bool) -> torch.dtype:
-    """What an adapter is kept in on a layer: the layer's own dtype, single precision where that is narrow or packed."""
-    dtype = kept.dtype if kept.is_floating_point() and kept.dtype.itemsize > 1 else torch.float32
+def adapter_dtype(dtype: torch.dtype, widen: bool) -> torch.dtype:
+    """What an adapter is kept in on a layer that computes in `dtype`: the same, or at least single precision."""
     return torch.float32 if widen and dtype.itemsize < 4 else dtype

@@ -187,7 +187,7 @@ class Merge:
     def _merged(self, layer: AdaptedLayer) -> dict[str, Tensor]:
         site = layer.site
         keys = [self.keys[id(site.weight)], *([self.keys[id(b)]] if (b := site.read_bias()) is not None else [])]
-        with self._filled(layer), exactly(site.weight.device):
+        with self._filled(layer), exactly(site.device):
             W, b = layer.merged_weight([NAME])
             site.accepts(W)
             found = dict(zip(keys, [site.kept(W), b], strict=False))

@@ -162,7 +162,7 @@ def _held(layer: AdaptedLayer, path: str, given: Mapping[str, Tensor], work: Exc
     tensors = {n: given.get(f"{path}.{n}", torch.zeros(0 if given else shape)) for n, shape in wanted.items()}
     if any(t.shape != wanted[n] for n, t in tensors.items()):
         return False
-    place = {"device": layer.site.weight.device, "dtype": view.dtype}
+    place = {"device": layer.site.device, "dtype": view.dtype}
     work.held.append((layer, ranked.over({attribute(n): t.to(**place) for n, t in tensors.items()})))
     return True
 
@@ -246,7 +246,7 @@ def prepare_model_for_compiled_hotswap(
         for setting in layer.methods[name].exchangeable:
             value = layer.__dict__.get(setting, {}).get(name)
             if isinstance(value, (int, float)):
-                layer.__dict__[setting][name] = torch.tensor(float(value), device=layer.site.weight.device)
+                layer.__dict__[setting][name] = torch.tensor(float(value), device=layer.site.device)
     for name in dict.fromkeys(n for _, n in ranked):
         _record(configs_of(model)[name], [h for h, n in ranked if n == name], name)
     for other in config.values() if isinstance(config, dict) else [config] if config is not None else []:

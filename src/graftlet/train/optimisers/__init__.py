@@ -56,9 +56,9 @@ def eight_bit(optimizer_cls: type[Optimizer]) -> bool:
 
 def keep_embeddings_exact(model: nn.Module) -> None:
     """Let bitsandbytes keep the optimiser's state of embeddings in 32 bits: in 8 they are unstable."""
-    import bitsandbytes  # pyright: ignore[reportMissingImports]  an 8-bit optimiser is in hand
+    import bitsandbytes  # an 8-bit optimiser is in hand
 
-    manager: Any = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    manager: Any = bitsandbytes.optim.GlobalOptimManager.get_instance()  # pyright: ignore[reportPrivateImportUsage]
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
