@@ -25,7 +25,7 @@ class Format:
     needs: packages without which there is none. make: the layer, quantised; the given one is left alone. call: how far its
     output may be from the product with what is read, relative to the largest; None where it needs a GPU or a kernel that
     cannot be had here. rounding: how much of a weight rounding loses at most, as a share of the norm. writes: another
-    weight can be kept.
+    weight can be kept. back: why its package cannot lead a gradient back through it here.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Format:
     call: float | None
     rounding: float
     writes: bool = False
+    back: str | None = None
 
     @property
     def missing(self) -> str:
@@ -81,7 +82,7 @@ def gptq(plain: nn.Linear) -> nn.Module:
     made.qzeros.copy_(packed(zeros.T))
     made.scales.copy_(scales.T)
     made.g_idx.copy_(torch.arange(IN) // GROUP)
-    made.bias.copy_(plain.bias)
+    made.bias.copy_(plain.bias.detach())
     made.qzero_format(format=2)  # as they are, where files of the first format have them less one
     made.optimized = True  # not compiled, which takes half a minute
     made.post_init()
@@ -120,19 +121,21 @@ def filled(made: Any, plain: nn.Linear) -> Any:
     made.qweight.copy_(packed(codes.T, AWQ_ORDER))
     made.qzeros.copy_(packed(zeros.T, AWQ_ORDER))
     made.scales.copy_(scales.T)
-    made.bias.copy_(plain.bias)
+    made.bias.copy_(plain.bias.detach())
     return made.eval()
 
 
 def aqlm(plain: nn.Linear) -> nn.Module:
     """Codebooks that hold a little of everything: not the given weight, but some."""
+    import numba
     from aqlm import QuantizedLinear
 
+    numba.set_num_threads(1)  # several get in each other's way
     made = QuantizedLinear(IN, OUT, 8, 1, 2, 8, bias=True, dtype=torch.float32, device="cpu").requires_grad_(False)
     nn.init.normal_(made.codebooks, std=0.05)
     nn.init.uniform_(made.scales, 0.5, 1)
     made.codes.copy_(torch.randint(-128, 128, made.codes.shape, dtype=torch.int8))
-    made.bias.copy_(plain.bias)
+    made.bias.copy_(plain.bias.detach())
     return made
 
 
@@ -143,7 +146,7 @@ def eight(name: str, *args: Any, **kwargs: Any) -> Callable[[nn.Linear], nn.Modu
         home, _, kind = name.rpartition(".")
         made = getattr(importlib.import_module(f"transformers.integrations.{home}"), kind)(IN, OUT, *args, **kwargs)
         made.requires_grad_(False)
-        made.bias.copy_(plain.bias)
+        made.bias.copy_(plain.bias.detach())
         site = site_of(made)
         assert site is not None
         site.write(plain.weight.detach(), None)
@@ -160,9 +163,9 @@ FORMATS = [
     Format("hqq-4-columns", ("hqq",), hqq(4, axis=0), 1e-6, 0.09, True),
     Format("hqq-4-brain", ("hqq",), hqq(4, dtype=torch.bfloat16), 2e-2, 0.09, True),
     Format("gptq", ("gptqmodel", "optimum"), gptq, 2e-3, 0.09),
-    Format("awq", ("awq",), awq, 2e-3, 0.09),
+    Format("awq", ("awq",), awq, 2e-3, 0.09, back="autoawq 0.2.9 has a gradient only with triton"),
     Format("awq-gptqmodel", ("gptqmodel", "optimum"), awq_of_gptqmodel, 2e-3, 0.09),
-    Format("aqlm", ("aqlm", "numba", "scipy"), aqlm, 1e-5, float("inf")),
+    Format("aqlm", ("aqlm", "numba", "scipy"), aqlm, 1e-5, float("inf"), back="aqlm 1.1.7 has no gradient on a CPU"),
     Format(
         "fp8-blocks", ("transformers",), eight("finegrained_fp8.FP8Linear", (64, 64), has_bias=True), None, 0.04, True
     ),
@@ -175,5 +178,6 @@ FORMATS = [
         0.05,
         0.04,
         True,
+        back="torch has no gradient of a scaled product",
     ),
 ]

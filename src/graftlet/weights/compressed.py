@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors import BaseCompressor  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from .storage import Packed

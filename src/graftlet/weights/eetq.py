@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
 from .probed import Probed
 
 
@@ -13,6 +16,9 @@ class EETQ(Probed):
     packed = ("weight", "qweight")
     scales = ("weight_scales", "scales", "weight_scale")
     why = "its integers stand in an order that only its kernel can make"
+
+    def shape(self, module: nn.Module, name: str) -> torch.Size:
+        return torch.Size(reversed(self.tensor(module, name).shape))
 
 
 EETQ_LAYERS = EETQ()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floats of 4 bits (E2M1), two a byte, with a scale a block: 8-bit floats in NVFP4, powers of two in MXFP4."""
+"""Floats of 4 bits (E2M1), two a byte, with a scale a block, itself a float of 8 bits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .storage import Packed
+from .storage import Fixed
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -18,22 +18,17 @@ def unpacked(codes: Tensor) -> Tensor:
     return table[pairs.flatten(-2).int()]
 
 
-class NVFP4(Packed):
+class NVFP4(Fixed):
     """transformers' `NVFP4Linear`: weight `[out, in / 2]`, scales `[out, in / 16]`, and one for all to divide by."""
 
     backend = "NVFP4"
+    why = "its scales stand a second time in an order that only its kernel can make"
 
     def shape(self, module: nn.Module, name: str) -> torch.Size:
         return torch.Size([module.out_features, module.in_features])  # type: ignore[list-item]
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         return torch.bfloat16
-
-    def unwritable(self, module: nn.Module, name: str) -> str | None:
-        return (
-            "its scales stand a second time in an order that only its kernel can make; merge with dequantize=True, or "
-            "merge into the model that it was made from and quantise that"
-        )
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         kept = self.tensor(module, name)

@@ -114,7 +114,10 @@ class Patched(Float8):
         return "this layer is only measured, or works with simulated numbers, and has no scale of its weight"
 
     def unwritable(self, module: nn.Module, name: str) -> str | None:
-        return "its scale was calibrated together with those of its inputs; merge before the model is quantised"
+        return (
+            "its scale was calibrated together with those of its inputs; merge with dequantize=True, or merge into the model "
+            "that it was made from and quantise that"
+        )
 
 
 SCALED, BLOCKS, PATCHED = Float8(), Blocks(), Patched()

@@ -11,7 +11,7 @@ import copy
 from typing import Any
 
 import torch
-from hqq.core.quantize import HQQLinear
+from hqq.core.quantize import HQQLinear  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from .storage import Packed

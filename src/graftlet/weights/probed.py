@@ -13,22 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .storage import Packed
+from .storage import Fixed
 
 ROWS = 2048
 """How many rows of the identity are asked for at a time."""
 
 
-class Probed(Packed):
+class Probed(Fixed):
     """A linear layer that is read by calling it, and cannot be written.
 
-    packed, scales: the attributes, the first that there is, that tell the device and the dtype. why: what stands in the
-    way of writing, as the end of a sentence.
+    packed, scales: the attributes, the first that there is, that tell the device and the dtype.
     """
 
     packed: ClassVar[tuple[str, ...]] = ("qweight", "weight")
     scales: ClassVar[tuple[str, ...]] = ("scales", "bias")
-    why: ClassVar[str] = "its numbers are chosen and packed by a tool of its own"
 
     def tensor(self, module: nn.Module, name: str) -> Tensor:
         return first(module, self.packed)
@@ -41,14 +39,11 @@ class Probed(Packed):
         kinds = [t.dtype for t in held if isinstance(t, Tensor) and t.is_floating_point() and t.itemsize > 1]
         return kinds[0] if kinds else torch.float16
 
-    def unwritable(self, module: nn.Module, name: str) -> str | None:
-        return f"{self.why}; merge with dequantize=True, or merge into the model that it was made from and quantise that"
-
     @torch.no_grad()
     def read(self, module: nn.Module, name: str) -> Tensor:
         silent = without_bias(module)
         device, dtype = self.tensor(module, name).device, self.dtype(module, name)
-        count = size(module, "in")
+        count = self.shape(module, name)[1]
         parts = []
         for start in range(0, count, ROWS):
             rows = torch.arange(start, min(start + ROWS, count), device=device)
@@ -56,6 +51,15 @@ class Probed(Packed):
             x[rows - start, rows] = 1
             parts.append(type(module).forward(silent, x).T)
         return torch.cat(parts, 1).to(dtype)
+
+
+class Other(Probed):
+    """gptqmodel's layers of other formats: GGUF, 8-bit floats, EXL3, VPTQ."""
+
+    backend = "gptqmodel"
+
+
+OTHER = Other()
 
 
 def first(module: nn.Module, names: tuple[str, ...]) -> Tensor:
