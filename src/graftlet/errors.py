@@ -125,6 +125,12 @@ class MergeWarning(PeftWarning):
     code = "merge-state"
 
 
+class RoundingWarning(PeftWarning):
+    """Merging into quantised layers rounds the merged weights."""
+
+    code = "merge-rounded"
+
+
 class ConversionWarning(PeftWarning):
     """A conversion to LoRA that is not needed."""
 

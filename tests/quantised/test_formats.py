@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -212,6 +214,18 @@ def test_a_refused_merge_says_why_and_changes_nothing(refusing: Format) -> None:
     with pytest.raises(MergeError, match="cannot be written: .*dequantize=True"):
         adapted.merge_adapter()
     assert torch.equal(adapted(x), y)
+
+
+def test_merging_into_an_ordinary_layer_loses_nothing(called: Format) -> None:
+    adapted = graftlet.get_peft_model(Alone(called.make(nn.Linear(IN, OUT))), lora())
+    perturb(adapted)
+    host = only(adapted)
+    x, meant = inputs(host.site), host.merged_weight(["default"])[0]
+    y = adapted(x)
+    merged: Any = adapted.merge_and_unload(dequantize=True)
+    assert type(merged.l) is nn.Linear
+    assert apart(merged.l.weight, meant) <= 2 * torch.finfo(merged.l.weight.dtype).eps
+    assert apart(merged(x.to(merged.l.weight.dtype)), y) <= max(0.01, called.call or 0)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])

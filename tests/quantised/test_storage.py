@@ -66,10 +66,6 @@ def test_a_weight_that_is_written_is_read_back_to_its_precision(backend: Backend
     site.write(meant, None)
     found = site.read()[0]
     assert 0 < (found - meant).norm() / meant.norm() <= backend.rounding
-    site.write(found, None)
-    assert (
-        site.read()[0] - found
-    ).norm() / meant.norm() <= backend.rounding / 5  # rounding twice is rounding once, nearly
     assert type(site.weight) is type(before)
 
 
@@ -92,6 +88,8 @@ def test_what_was_saved_comes_back_to_the_bit(backend: Backend) -> None:
 
 
 def test_a_copy_shares_nothing(backend: Backend) -> None:
+    if not backend.copies:
+        pytest.skip("the back end's own tensors cannot be copied")
     layer = backend.make(nn.Linear(IN, OUT))
     other = copy.deepcopy(layer)
     site, twin = site_of(layer), site_of(other)

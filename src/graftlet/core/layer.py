@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
+from ..weights.rounding import note
 from ..weights.site import Site
 from ..weights.storage import MARKS
 from .context import BASE, Call, current, using
@@ -460,6 +461,7 @@ class AdaptedLayer(Scales, Boxes):
         """Bring back the bits that were there before the first merge."""
         if self.kept is not None:
             self.kept.restore(self.site)
+            note(self.site, None)
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
         self.kept, self.merged_adapters = None, []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..weights.residual import Residual, residual
+from ..weights.rounding import judged, note
 from ..weights.site import Site
 from ..weights.storage import PLAIN
 from .method import Method, View, Weights
@@ -131,8 +132,15 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
 
 
 def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:
-    kept = Kept(whole=layer.site.save()) if layer.kept is None else layer.kept
-    layer.site.write(*merged)
+    """Where a weight is rounded as it is written: read back, and put back as it was where that is not what was meant."""
+    site, before = layer.site, layer.site.save()
+    kept = Kept(whole=before) if layer.kept is None else layer.kept
+    try:
+        site.write(*merged)
+        note(site, judged(site, merged[0], kept.original(site)[0]))
+    except BaseException:
+        site.restore(before)
+        raise
     return kept
 
 

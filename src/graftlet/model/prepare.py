@@ -62,6 +62,17 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
     model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if takes else {}))
 
 
+def plain(model: Any) -> Any:
+    """A model whose quantised layers were all made ordinary ones: it says no more of itself that it is quantised."""
+    for flag in ("hf_quantizer", "quantization_method", "is_quantized", *QUANTISED):
+        model.__dict__.pop(flag, None)
+    config = getattr(model, "config", None)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if config is not None and name in vars(config):
+            delattr(config, name)
+    return model
+
+
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters in half precision `dtype`, trained ones in float32: what an autocast training step wants.
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bitsandbytes: 4 bits an element in blocks with a scale each (NF4, FP4), the scales quantised again where asked for."""
+"""bitsandbytes: 4 bits an element in blocks with a scale each (NF4, FP4), the scales quantised again where asked for; and
+8 bits with a scale a row (LLM.int8, arXiv 2208.07339).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import copy
 from typing import Any, cast
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
 from torch import Tensor, nn
 
-from .storage import Packed
+from .storage import Packed, Storage, rounded
 
 
 class FourBit(Packed):
@@ -38,6 +40,15 @@ class FourBit(Packed):
             given, state = quantize_4bit(given, None, None, state.blocksize, nested, state.quant_type, words)
         _hold(module, name, given, state)
 
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        state = _state(module, name)
+        if state is None:
+            return Storage.allowed(self, module, name, meant)
+        levels = state.code.float().sort().values
+        gap = float(levels.diff().max() / levels.abs().max())
+        nested = float(state.state2.code.float().sort().values.diff().max()) if state.nested else 0.0
+        return rounded(meant, gap / 2, state.blocksize, nested + torch.finfo(self.dtype(module, name)).eps)
+
     def save(self, module: nn.Module, name: str) -> Any:
         return self.tensor(module, name).detach().clone(), copy.deepcopy(_state(module, name))
 
@@ -51,7 +62,57 @@ class FourBit(Packed):
         return _dequantised(*saved)
 
 
-FOUR_BIT = FourBit()
+class EightBit(Packed):
+    """`Linear8bitLt`. The numbers and their scales stand with the weight at first, and in the layer's state once called."""
+
+    backend = "bitsandbytes 8 bit"
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        kept = self.tensor(module, name).dtype
+        return torch.float32 if kept == torch.int8 else kept
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        return self.recall(module, name, (self.tensor(module, name).detach(), _scales(module, name)))
+
+    def write(self, module: nn.Module, name: str, value: Tensor) -> None:
+        kept = self.tensor(module, name)
+        if kept.dtype != torch.int8:
+            with torch.no_grad():
+                kept.copy_(value)
+            return
+        numbers, scales, _ = int8_vectorwise_quant(value.detach().to(kept.device, torch.float16).contiguous())
+        _hold_rows(module, name, numbers, scales)
+
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        return rounded(meant, 0.5 / 127, slack=torch.finfo(torch.float16).eps)
+
+    def save(self, module: nn.Module, name: str) -> Any:
+        scales = _scales(module, name)
+        return self.tensor(module, name).detach().clone(), None if scales is None else scales.clone()
+
+    def restore(self, module: nn.Module, name: str, saved: Any) -> None:
+        device = self.tensor(module, name).device
+        _hold_rows(module, name, *(None if part is None else part.to(device, copy=True) for part in saved))
+
+    def recall(self, module: nn.Module, name: str, saved: Any) -> Tensor:
+        numbers, scales = saved
+        return numbers if scales is None else int8_vectorwise_dequant(numbers, scales)
+
+
+FOUR_BIT, EIGHT_BIT = FourBit(), EightBit()
+
+
+def _scales(module: nn.Module, name: str) -> Tensor | None:
+    scales = getattr(getattr(module, name), "SCB", None)
+    return cast(Any, module).state.SCB if scales is None else scales
+
+
+def _hold_rows(module: nn.Module, name: str, numbers: Tensor | None, scales: Tensor | None) -> None:
+    kept, state = cast(Any, getattr(module, name)), cast(Any, module).state
+    kept.data = numbers
+    if scales is not None:
+        home = kept if state.CB is None else state
+        home.CB, home.SCB = kept.data, scales
 
 
 def _state(module: nn.Module, name: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
-from .storage import Packed
+from .storage import Packed, Storage
 
 
 class Compressed(Packed):
@@ -51,6 +51,9 @@ class Compressed(Packed):
     @torch.no_grad()
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         getattr(module, name).copy_(value)
+
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        return Storage.allowed(self, module, name, meant)
 
     def save(self, module: nn.Module, name: str) -> Tensor | None:
         return None if _packed(module) else getattr(module, name).detach().clone()

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .storage import Packed
+from .storage import Packed, Storage
 
 
 class Float8(Packed):
@@ -48,6 +48,13 @@ class Float8(Packed):
             found = found.log2().ceil().exp2()
         grid.copy_(found)
         kept.copy_((value / self._spread(module, name, grid.float())).clamp(-limit, limit))
+
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        kept = self._kept(module, name)
+        if kept.itemsize > 1:
+            return Storage.allowed(self, module, name, meant)
+        kind = torch.finfo(kept.dtype)
+        return self._spread(module, name, self._grid(module, name).float()) * (kind.max * kind.eps / 2)
 
     def save(self, module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
         return self.tensor(module, name).detach().clone(), getattr(module, self.scale).detach().clone()

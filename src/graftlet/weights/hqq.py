@@ -51,6 +51,15 @@ class HQQ(Packed):
         given = HQQLinear.from_weights(value.clone(), None, config, compute_dtype=dtype, device=device)
         layer.W_q, layer.meta = given.W_q, given.meta
 
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        """A step: half of one for rounding, and as much for where HQQ moves the zero."""
+        layer = _own(module)
+        grouped = layer.dequantize().float().reshape(_groups(layer.meta))
+        steps = (
+            layer.meta["scale"].float().expand_as(grouped) + grouped.abs().amax() * torch.finfo(layer.compute_dtype).eps
+        )
+        return steps.reshape(meant.shape)
+
     def save(self, module: nn.Module, name: str) -> Any:
         layer = _own(module)
         return layer.W_q.detach().clone(), copy.deepcopy(layer.meta)
@@ -69,14 +78,17 @@ def _own(module: nn.Module) -> Any:
     return module
 
 
+def _groups(meta: dict[str, Any]) -> tuple[int, int]:
+    """The shape of the weight with a group in each row, or in each column."""
+    return (-1, meta["group_size"]) if meta["axis"] == 1 else (meta["group_size"], -1)
+
+
 def _moved(layer: Any, value: Tensor) -> Tensor | None:
     """The zeros by which the layer has this weight, its integers and scales as they are; None where there are none."""
-    meta = layer.meta
-    if "zero" not in meta or "scale" not in meta or meta["group_size"] is None:
+    meta, axis = layer.meta, layer.meta["axis"]
+    if "zero" not in meta or "scale" not in meta:
         return None
-    axis = meta["axis"]
-    apart = (-1, meta["group_size"]) if axis == 1 else (meta["group_size"], -1)
-    change = (value - layer.dequantize().float()).reshape(apart)
+    change = (value - layer.dequantize().float()).reshape(_groups(meta))
     low, high = change.aminmax(dim=axis, keepdim=True)
     if ((high - low).max() > SAME * torch.finfo(torch.float32).eps * value.abs().max()).item():
         return None

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 WIDE = 2
 """Bytes that a number has at least in a dtype that anything is computed in."""
@@ -77,6 +78,10 @@ class Storage:
         with torch.no_grad():
             getattr(module, name).copy_(value)
 
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        """How far off each element of what is read may be after `meant` was written; it broadcasts to the weight."""
+        return meant.abs() * torch.finfo(self.dtype(module, name)).eps
+
     # its bits
 
     def save(self, module: nn.Module, name: str) -> Any:
@@ -98,7 +103,8 @@ class Storage:
 class Packed(Storage):
     """The base of quantised back ends. A subclass gives `backend`, `shape`, `dtype`, `read`, `write`, `save`, `restore`.
 
-    Reading what was saved is then restoring it for a moment, unless the subclass knows better.
+    `allowed` follows from how it rounds (see `rounded`). Reading what was saved is restoring it for a moment, unless the
+    subclass knows better.
     """
 
     def read(self, module: nn.Module, name: str) -> Tensor:
@@ -106,6 +112,9 @@ class Packed(Storage):
 
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         raise NotImplementedError
+
+    def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
+        return rounded(meant, 1 / 3)  # as coarse as two bits are
 
     def save(self, module: nn.Module, name: str) -> Any:
         raise NotImplementedError
@@ -139,32 +148,102 @@ class Fixed(Packed):
         pass
 
 
+class Wrapped(Packed):
+    """A weight that is one tensor of a class of the back end's own. A subclass gives `backend` and `requantised`."""
+
+    def dtype(self, module: nn.Module, name: str) -> torch.dtype:
+        return self.tensor(module, name).dtype
+
+    def read(self, module: nn.Module, name: str) -> Tensor:
+        return _dense(self.tensor(module, name))
+
+    def requantised(self, module: nn.Module, like: Any, value: Tensor) -> Tensor:
+        """`value` quantised as the tensor `like` of the back end's class is."""
+        raise NotImplementedError
+
+    def write(self, module: nn.Module, name: str, value: Tensor) -> None:
+        like = self.tensor(module, name)
+        given = value.detach().to(like.device, like.dtype).contiguous()
+        with torch.no_grad():
+            self._hold(module, name, self.requantised(module, like, given))
+
+    def save(self, module: nn.Module, name: str) -> Any:
+        return cloned(self.tensor(module, name).detach())
+
+    def restore(self, module: nn.Module, name: str, saved: Any) -> None:
+        self._hold(module, name, cloned(saved.to(self.tensor(module, name).device)))
+
+    def recall(self, module: nn.Module, name: str, saved: Any) -> Tensor:
+        return _dense(saved)
+
+    def _hold(self, module: nn.Module, name: str, value: Tensor) -> None:
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def _dense(tensor: Any) -> Tensor:
+    with torch.no_grad():
+        return tensor.detach().dequantize()
+
+
+def cloned(tensor: Any) -> Any:
+    """A copy of a tensor of a special class, part by part: such classes need not know how to be copied themselves."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.detach().clone()
+    names, context = tensor.__tensor_flatten__()
+    parts = {n: None if (part := getattr(tensor, n)) is None else cloned(part) for n in names}
+    return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+
+
+def rounded(meant: Tensor, half: float, block: int = 0, slack: float = 0.0) -> Tensor:
+    """How far rounding may move each element of a matrix `[out, in]`.
+
+    half: half the widest gap between two neighbouring levels, as a share of the largest number that shares a scale.
+    block: how many numbers in a row share a scale, a whole row for 0; runs that do not divide a row go on in the next.
+    slack: for the rounding of scales, and of the number type computed in, as a share of the largest number of all.
+    """
+    block = block or meant.shape[-1]
+    flat = meant.detach().abs().flatten()
+    padded = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    peaks = padded.amax(1, keepdim=True).expand_as(padded).flatten()[: len(flat)]
+    return peaks.view(meant.shape) * half + flat.max() * slack
+
+
 PLAIN = Storage()
 
+_BNB, _TORCHAO, _QUANTO, _GPTQ, _AWQ, _FP8, _EXPERTS = (
+    f"graftlet.weights.{file}" for file in ("bnb", "torchao", "quanto", "gptq", "awq", "fp8", "experts")
+)
+
 BACKENDS: dict[str, str] = {
-    "bitsandbytes.nn.modules.Linear4bit": "graftlet.weights.bnb:FOUR_BIT",
-    "bitsandbytes.nn.modules.Params4bit": "graftlet.weights.bnb:FOUR_BIT",
+    "bitsandbytes.nn.modules.Linear4bit": f"{_BNB}:FOUR_BIT",
+    "bitsandbytes.nn.modules.Params4bit": f"{_BNB}:FOUR_BIT",
+    "bitsandbytes.nn.modules.Linear8bitLt": f"{_BNB}:EIGHT_BIT",
+    "torchao.utils.TorchAOBaseTensor": f"{_TORCHAO}:TORCHAO",
+    "torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor": f"{_TORCHAO}:TORCHAO",
+    "torchao.quantization.linear_activation_quantized_tensor.LinearActivationQuantizedTensor": f"{_TORCHAO}:TORCHAO",
+    "optimum.quanto.nn.qmodule.QModuleMixin": f"{_QUANTO}:QUANTO",
+    "optimum.quanto.tensor.qtensor.QTensor": f"{_QUANTO}:QUANTO",
     "hqq.core.quantize.HQQLinear": "graftlet.weights.hqq:HQQ_LAYERS",
-    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": "graftlet.weights.gptq:GPTQ_LAYERS",
-    "gptqmodel.nn_modules.qlinear.AWQuantLinear": "graftlet.weights.awq:AWQ_LAYERS",
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": f"{_GPTQ}:GPTQ_LAYERS",
+    "gptqmodel.nn_modules.qlinear.AWQuantLinear": f"{_AWQ}:AWQ_LAYERS",
     "gptqmodel.nn_modules.qlinear.WeightOnlyQuantLinear": "graftlet.weights.probed:OTHER",
-    **{f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}.QuantLinear": "graftlet.weights.gptq:GPTQ_LAYERS" for kernel in
+    **{f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}.QuantLinear": f"{_GPTQ}:GPTQ_LAYERS" for kernel in
        ("cuda", "cuda_old", "exllama", "exllamav2", "hpu", "ipex", "marlin", "qigen", "triton", "tritonv2")},
-    **{f"awq.modules.linear.{kind}": "graftlet.weights.awq:AWQ_LAYERS" for kind in
+    **{f"awq.modules.linear.{kind}": f"{_AWQ}:AWQ_LAYERS" for kind in
        ("gemm.WQLinear_GEMM", "gemv.WQLinear_GEMV", "gemv_fast.WQLinear_GEMVFast", "exllama.WQLinear_Exllama",
         "exllamav2.WQLinear_ExllamaV2", "marlin.WQLinear_Marlin")},
     "aqlm.inference.QuantizedLinear": "graftlet.weights.aqlm:AQLM_LAYERS",
     "transformers.integrations.eetq.EetqLinear": "graftlet.weights.eetq:EETQ_LAYERS",
     "eetq.modules.qlinear.EetqLinear": "graftlet.weights.eetq:EETQ_LAYERS",
-    "transformers.integrations.finegrained_fp8.FP8Linear": "graftlet.weights.fp8:BLOCKS",
-    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": "graftlet.weights.fp8:SCALED",
-    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": "graftlet.weights.fp8:SCALED",
+    "transformers.integrations.finegrained_fp8.FP8Linear": f"{_FP8}:BLOCKS",
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": f"{_FP8}:SCALED",
+    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": f"{_FP8}:SCALED",
     "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules.PatchedLinear":
-        "graftlet.weights.fp8:PATCHED",
+        f"{_FP8}:PATCHED",
     "transformers.integrations.nvfp4.NVFP4Linear": "graftlet.weights.fp4:NVFP4_LINEAR",
-    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": "graftlet.weights.experts:MXFP4",
-    "transformers.integrations.finegrained_fp8.FP8Experts": "graftlet.weights.experts:FP8",
-    "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": "graftlet.weights.experts:FBGEMM",
+    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": f"{_EXPERTS}:MXFP4",
+    "transformers.integrations.finegrained_fp8.FP8Experts": f"{_EXPERTS}:FP8",
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": f"{_EXPERTS}:FBGEMM",
     "compressed_tensors.quantization.quant_scheme.QuantizationScheme": "graftlet.weights.compressed:COMPRESSED",
 }  # fmt: skip
 """Qualified class name (of the module, or of its weight tensor) -> 'module:attribute' of the Storage to import.
