@@ -71,11 +71,10 @@ def packed(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def gptq(plain: nn.Linear) -> nn.Module:
-    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-
+def gptq(plain: nn.Linear, kernel: str = "torch.TorchLinear") -> nn.Module:
+    home, _, kind = kernel.partition(".")
     codes, scales, zeros = grouped(plain)
-    made: Any = TorchLinear(
+    made: Any = getattr(importlib.import_module(f"gptqmodel.nn_modules.qlinear.{home}"), kind)(
         bits=4, group_size=GROUP, sym=False, desc_act=False, in_features=IN, out_features=OUT, bias=True
     )
     made.qweight.copy_(packed(codes).T)
