@@ -24,6 +24,7 @@ UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model")}
 
 OPTIONAL = {
     "methods.adamss": {"sklearn"}, "methods.prompts.prompt_tuning": {"transformers"}, "weights.bnb": {"bitsandbytes"},
+    "weights.aqlm": {"numba"}, "weights.compressed": {"compressed_tensors"}, "weights.hqq": {"hqq"},
     "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"},
 }  # fmt: skip
 """What a part needs beside torch for some of what it does, imported as that is used."""

@@ -18,6 +18,7 @@ from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.rounding import note
 from ..weights.site import Site
+from ..weights.storage import MARKS
 from .context import BASE, Call, current, using
 from .group import Group, LastGroup
 from .host import hosts
@@ -169,7 +170,7 @@ class AdaptedLayer(Scales, Boxes):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules") or {}
-            if "base_layer" not in modules:
+            if "base_layer" not in modules or name in MARKS:
                 raise
             masks = self.__dict__["site"].masks
             return masks[name] if name in masks else getattr(modules["base_layer"], name)

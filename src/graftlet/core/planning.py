@@ -22,6 +22,7 @@ from ..errors import (
 )
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Embedding, Parameter, Site, site_of
+from ..weights.storage import unusable
 from . import ties
 from .around import Block
 from .host import AdapterHost, Shell, bare
@@ -160,6 +161,7 @@ def _items(place: Place, config: PeftConfig, entry: Entry, model: nn.Module) -> 
     if isinstance(site_of(place.parent), Attention):
         return []  # read by the attention layer rather than called; it is adapted together with that
     if site is None or not isinstance(site, entry.sites):
+        _check_usable(place)
         if isinstance(config.target_modules, str) and any(True for _ in place.bare.children()):
             return []  # a regex that also hits containers means what is inside them
         kinds = ", ".join(s.__name__ for s in entry.sites)
@@ -177,11 +179,18 @@ def _items(place: Place, config: PeftConfig, entry: Entry, model: nn.Module) -> 
     return items
 
 
+def _check_usable(place: Place) -> None:
+    if why := unusable(place.bare):
+        raise UnsupportedLayerError(f"{place.path!r}, a {type(place.bare).__name__}, cannot be adapted: {why}.")
+
+
 def _parameter_items(model: nn.Module, wanted: str, config: PeftConfig, entry: Entry) -> list[Item]:
     if Parameter not in entry.sites:
         raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={wanted!r}).")
     items, seen = [], []
     for place in walk(model):
+        if matches(f"{place.path}.{wanted.rpartition('.')[2]}", [wanted]):
+            _check_usable(place)  # a kernel may keep what it takes otherwise than as parameters
         for parameter in place.bare._parameters:
             path = f"{place.path}.{parameter}"
             seen.append(path)

@@ -120,7 +120,7 @@ def _tell_idle(name: str, patterns: dict[str, Any]) -> None:
                 )
 
 
-UNSUPPORTED = ("megatron_config", "use_qalora")
+UNSUPPORTED = ("megatron_config",)
 
 
 def plain(like: PeftConfig, ranks: Mapping[str, int], bias: bool) -> LoraConfig:

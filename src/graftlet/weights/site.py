@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MergeError, UnsupportedLayerError
-from .storage import Storage, packed, qualified, storage_of
+from .storage import Storage, packed, qualified, storage_of, unusable
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
@@ -469,4 +469,4 @@ def site_of(module: nn.Module) -> Site | None:
         for kind in KINDS:
             if name in kind.kinds:
                 return kind(module)
-    return Linear(module) if packed(module) else None
+    return Linear(module) if packed(module) and unusable(module) is None else None

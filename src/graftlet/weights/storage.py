@@ -52,6 +52,10 @@ class Storage:
 
     # what can be done
 
+    def unusable(self, module: nn.Module) -> str | None:
+        """Why no adapter can stand on this module, as the end of a sentence; None where one can."""
+        return None
+
     def unreadable(self, module: nn.Module, name: str) -> str | None:
         """Why the weight cannot be read, as the end of a sentence; None where it can."""
         return None
@@ -130,6 +134,23 @@ class Packed(Storage):
             self.restore(module, name, now)
 
 
+class Fixed(Packed):
+    """The base of back ends whose weights cannot be written, so that there is nothing to bring back. See `unwritable`."""
+
+    why: ClassVar[str] = "its numbers are chosen and packed by a tool of its own"
+
+    def unwritable(self, module: nn.Module, name: str) -> str | None:
+        return (
+            f"{self.why}; merge with dequantize=True, or merge into the model that it was made from and quantise that"
+        )
+
+    def save(self, module: nn.Module, name: str) -> None:
+        return None
+
+    def restore(self, module: nn.Module, name: str, saved: None) -> None:
+        pass
+
+
 class Wrapped(Packed):
     """A weight that is one tensor of a class of the back end's own. A subclass gives `backend` and `requantised`."""
 
@@ -192,7 +213,9 @@ def rounded(meant: Tensor, half: float, block: int = 0, slack: float = 0.0) -> T
 
 PLAIN = Storage()
 
-_BNB, _TORCHAO, _QUANTO = (f"graftlet.weights.{file}" for file in ("bnb", "torchao", "quanto"))
+_BNB, _TORCHAO, _QUANTO, _GPTQ, _AWQ, _FP8, _EXPERTS = (
+    f"graftlet.weights.{file}" for file in ("bnb", "torchao", "quanto", "gptq", "awq", "fp8", "experts")
+)
 
 BACKENDS: dict[str, str] = {
     "bitsandbytes.nn.modules.Linear4bit": f"{_BNB}:FOUR_BIT",
@@ -203,16 +226,41 @@ BACKENDS: dict[str, str] = {
     "torchao.quantization.linear_activation_quantized_tensor.LinearActivationQuantizedTensor": f"{_TORCHAO}:TORCHAO",
     "optimum.quanto.nn.qmodule.QModuleMixin": f"{_QUANTO}:QUANTO",
     "optimum.quanto.tensor.qtensor.QTensor": f"{_QUANTO}:QUANTO",
-}
+    "hqq.core.quantize.HQQLinear": "graftlet.weights.hqq:HQQ_LAYERS",
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": f"{_GPTQ}:GPTQ_LAYERS",
+    "gptqmodel.nn_modules.qlinear.AWQuantLinear": f"{_AWQ}:AWQ_LAYERS",
+    "gptqmodel.nn_modules.qlinear.WeightOnlyQuantLinear": "graftlet.weights.probed:OTHER",
+    **{f"auto_gptq.nn_modules.qlinear.qlinear_{kernel}.QuantLinear": f"{_GPTQ}:GPTQ_LAYERS" for kernel in
+       ("cuda", "cuda_old", "exllama", "exllamav2", "hpu", "ipex", "marlin", "qigen", "triton", "tritonv2")},
+    **{f"awq.modules.linear.{kind}": f"{_AWQ}:AWQ_LAYERS" for kind in
+       ("gemm.WQLinear_GEMM", "gemv.WQLinear_GEMV", "gemv_fast.WQLinear_GEMVFast", "exllama.WQLinear_Exllama",
+        "exllamav2.WQLinear_ExllamaV2", "marlin.WQLinear_Marlin")},
+    "aqlm.inference.QuantizedLinear": "graftlet.weights.aqlm:AQLM_LAYERS",
+    "transformers.integrations.eetq.EetqLinear": "graftlet.weights.eetq:EETQ_LAYERS",
+    "eetq.modules.qlinear.EetqLinear": "graftlet.weights.eetq:EETQ_LAYERS",
+    "transformers.integrations.finegrained_fp8.FP8Linear": f"{_FP8}:BLOCKS",
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": f"{_FP8}:SCALED",
+    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": f"{_FP8}:SCALED",
+    "neural_compressor.torch.algorithms.fp8_quant._quant_common.helper_modules.PatchedLinear":
+        f"{_FP8}:PATCHED",
+    "transformers.integrations.nvfp4.NVFP4Linear": "graftlet.weights.fp4:NVFP4_LINEAR",
+    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": f"{_EXPERTS}:MXFP4",
+    "transformers.integrations.finegrained_fp8.FP8Experts": f"{_EXPERTS}:FP8",
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": f"{_EXPERTS}:FBGEMM",
+    "compressed_tensors.quantization.quant_scheme.QuantizationScheme": "graftlet.weights.compressed:COMPRESSED",
+}  # fmt: skip
 """Qualified class name (of the module, or of its weight tensor) -> 'module:attribute' of the Storage to import.
 
 A class of modules named here that derives from no layer of torch's is a linear layer with `in_features` and `out_features`.
 """
 
+MARKS = ("quantization_scheme",)
+"""Attributes of an ordinary layer that tell its back end, by their type, and that its wrappers do not pass on."""
+
 
 def storage_of(module: nn.Module, name: str = "weight") -> Storage:
     """The storage that keeps `module`'s weight, by the type of the module or of the weight tensor."""
-    if (home := _home(type(module))) is not None:
+    if (home := _home(type(module)) or _marked(module)) is not None:
         return _load(home)
     held: Any = module._parameters.get(name)
     if type(held) is nn.Parameter:
@@ -224,6 +272,17 @@ def storage_of(module: nn.Module, name: str = "weight") -> Storage:
 def packed(module: nn.Module) -> bool:
     """Whether a module is a quantised back end's own kind of layer."""
     return _home(type(module)) is not None
+
+
+def unusable(module: nn.Module) -> str | None:
+    """Why no adapter can stand on a back end's module, as the end of a sentence; None for any other."""
+    home = _home(type(module))
+    return None if home is None else _load(home).unusable(module)
+
+
+def _marked(module: nn.Module) -> str | None:
+    marks = [type(module.__dict__[mark]) for mark in MARKS if mark in module.__dict__]
+    return next((home for kind in marks if (home := _home(kind)) is not None), None)
 
 
 def qualified(kind: type) -> str:
