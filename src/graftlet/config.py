@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 
 from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, warn
 from .files import find_file, write_atomically
+from .pair import read_config
 from .registry import lookup
+from .tensorfile import once
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
 """The reference version whose file format is written; it stands in the file as `peft_version`."""
-MAX_CONFIG_BYTES = 10 * 1024 * 1024
 
 
 class TaskType(str, enum.Enum):
@@ -304,15 +305,16 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most `MAX_CONFIG_BYTES`; `AdapterFileError` names the file otherwise."""
+    """The JSON object in a file of at most `limits.MAX_CONFIG_BYTES`; `AdapterFileError` names the file otherwise."""
+    return parsed(read_config(path), path)
+
+
+def parsed(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that the text of a file is. Raises `AdapterFileError`, which names the file."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterFileError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; no adapter config is.")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"{path} cannot be read as JSON: {error or type(error).__name__}.") from error
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} cannot be read as JSON: {str(error) or type(error).__name__}.") from error
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} holds a JSON {type(values).__name__}; an object of config fields is needed.")
     return values

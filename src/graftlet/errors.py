@@ -67,6 +67,18 @@ class AdapterFileError(PeftError, RuntimeError):
     code = "adapter-file"
 
 
+class BaseMismatchError(PeftError):
+    """An adapter is put on another base model than the one it was saved with, and that was to be verified."""
+
+    code = "base-mismatch"
+
+
+class BusyError(PeftError):
+    """A model is changed while a call of it, or another change, is in progress on another thread."""
+
+    code = "model-busy"
+
+
 class MergeError(PeftError):
     """A merge that cannot be done; the weights are as they were."""
 
@@ -111,6 +123,12 @@ class BaseMismatchWarning(PeftWarning):
     """An adapter is put on another base model than the one it names."""
 
     code = "base-mismatch"
+
+
+class MixedFilesWarning(PeftWarning):
+    """An adapter's config and weights are not of the same save."""
+
+    code = "files-mixed"
 
 
 class KeysWarning(PeftWarning):

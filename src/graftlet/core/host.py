@@ -171,6 +171,9 @@ class AdapterHost(Weighted):
         """Put a tensor of the file into its place, in the place's dtype and on the layer's device."""
         raise NotImplementedError
 
+    def check_loaded(self, name: str) -> None:
+        """Raise `AdapterFileError` where an adapter's tensors, just loaded, hold what they must not."""
+
     def part(self, shared: set[int]) -> None:
         """Stop sharing a weight (one of these tensors, by id) with other layers, before it is written."""
 
