@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, warn
+from . import limits
+from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, shown, warn
 from .files import find_file, write_atomically
 from .pair import read_config
 from .registry import lookup
@@ -348,10 +349,18 @@ def _task_type(value: object) -> TaskType:
         return TaskType(value)
     except ValueError:
         allowed = [t.value for t in TaskType]
-        raise ConfigError(f"task_type={value!r}{nearest(str(value), allowed)} Allowed: {listing(allowed)}.") from None
+        raise ConfigError(
+            f"task_type={shown(value)}{nearest(str(value), allowed)} Allowed: {listing(allowed)}."
+        ) from None
 
 
 def _check_targets(config: PeftConfig) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, dict) and len(value) > limits.MAX_PATTERN_ENTRIES:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} has {len(value):,} entries; at most {limits.MAX_PATTERN_ENTRIES:,} are "
+                "read. If they are meant, raise graftlet.limits.MAX_PATTERN_ENTRIES."
+            )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError("layers_pattern is given without layers_to_transform; it has no effect alone.")
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
@@ -371,11 +380,31 @@ def _hints(cls: type) -> dict[str, Any]:
 def _check_field(config: PeftConfig, name: str) -> None:
     hint, value = _hints(type(config))[name], getattr(config, name)
     if isinstance(value, dict) and (made := _dataclass_in(hint)) is not None and value:
-        value = made(**value)  # a nested config as it comes out of JSON
+        value = _nested(made, value, f"{type(config).__name__}.{name}")  # as it comes out of JSON
         setattr(config, name, value)
     if not conforms(value, hint):
-        shown = str(hint).replace("typing.", "").replace("graftlet.config.", "")
-        raise ConfigError(f"{type(config).__name__}.{name}={value!r} is a {type(value).__name__}; allowed: {shown}.")
+        allowed = str(hint).replace("typing.", "").replace("graftlet.config.", "")
+        raise ConfigError(
+            f"{type(config).__name__}.{name}={shown(value)} is a {type(value).__name__}; allowed: {allowed}."
+        )
+
+
+def _nested(made: type, values: dict[str, Any], where: str) -> Any:
+    """A config inside another. Raises `ConfigError` for fields that it has not, and for wrong types and values."""
+    known = {f.name for f in fields(made)}
+    if unknown := sorted(str(key) for key in values if key not in known):
+        raise ConfigError(
+            f"{where} has no field {shown(unknown[0])}{nearest(unknown[0], known)} Fields: {listing(known)}."
+        )
+    for key, value in values.items():
+        if not conforms(value, _hints(made)[key]):
+            raise ConfigError(f"{where}: {key}={shown(value)} is a {type(value).__name__}; that is not allowed there.")
+    try:
+        return made(**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}={shown(values)}: {error}") from error
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -198,13 +198,22 @@ def warn(category: type[GraftletWarning], message: str, stacklevel: int = 3) -> 
 
 def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:
     """`, did you mean ...?` with the allowed words most like `word`; empty where none is near."""
-    close = difflib.get_close_matches(word, list(allowed), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], list(allowed)[:10_000], n=count, cutoff=0.5)
     return f", did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value as it would be written, cut where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def listing(items: Iterable[object], limit: int = 8) -> str:
     """The first items, comma-separated, and how many more there are."""
-    words = [str(i) for i in items]
+    words = [str(i) if len(str(i)) <= 300 else f"{str(i)[:300]}..." for i in items]
     more = f" and {len(words) - limit} more" if len(words) > limit else ""
     return ", ".join(words[:limit]) + more
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
@@ -16,7 +17,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from . import limits
-from .errors import AdapterFileError, listing
+from .errors import AdapterFileError, AdapterNameError, listing
 from .tensorfile import SIZES, Entry, Header, header_in
 
 if TYPE_CHECKING:
@@ -74,6 +75,26 @@ def check_inside(path: Path, folder: Path) -> None:
         f"{path} is a link that leads out of the adapter's directory, to {real}; put the file itself there, or set "
         "graftlet.limits.FOLLOW_LINKS = True where you made the link yourself."
     )
+
+
+def check_apart(folder: Path, names: list[str]) -> None:
+    """Raise `AdapterNameError` where names differ only in a way that the disk does not see, so one would hide the other."""
+    first: dict[str, str] = {}
+    for name in names:
+        plain = unicodedata.normalize("NFC", name).casefold()
+        if (other := first.setdefault(plain, name)) != name and _alike(folder, name, other):
+            raise AdapterNameError(
+                f"adapters {other!r} and {name!r} would be saved into the same folder: the disk at {folder} does not tell "
+                "their names apart. Rename one (rename_adapter), or save them into different folders."
+            )
+
+
+def _alike(folder: Path, one: str, other: str) -> bool:
+    """Whether the disk takes two names for one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".names.") as probe:
+        Path(probe, one).mkdir()
+        return Path(probe, other).exists()
 
 
 def _download(repo: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> Path:

@@ -12,6 +12,9 @@ MAX_CONFIG_BYTES = 10 * 2**20
 MAX_HEADER_BYTES = 32 * 2**20
 """The header of a safetensors file: it holds a hundred thousand tensors' names."""
 
+MAX_KEY_CHARS = 2_000
+"""The name of one tensor in a file."""
+
 MAX_DIMENSIONS = 16
 """The dimensions of one tensor in a file."""
 
@@ -21,8 +24,11 @@ MAX_PATTERN_CHARS = 100_000
 QUICK_PATTERN_STEPS = 100_000
 """A regex that cannot take more steps than this on a path is matched by `re`; others by sets of positions."""
 
-MAX_PATTERN_STEPS = 1_000_000
+MAX_PATTERN_STEPS = 200_000
 """The steps that matching one regex with one path may take by sets of positions."""
+
+MAX_ALL_STEPS = 10_000_000
+"""And all such regexes with all paths of a model together."""
 
 MAX_PATTERN_ENTRIES = 100_000
 """The keys of `rank_pattern` and its like."""

@@ -9,8 +9,11 @@ counted. Single characters and places are still matched by `re` itself, so that 
 from __future__ import annotations
 
 import functools
+import math
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from . import limits
@@ -28,7 +31,22 @@ REPEATS = {"MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"}
 TYPICAL = 200
 """The length of a long path, by which a pattern's steps are estimated."""
 
-Matcher = Callable[[int], frozenset[int]]
+
+class _Allowance(threading.local):
+    left: float = math.inf
+
+
+_allowance = _Allowance()
+
+
+@contextmanager
+def allowance() -> Iterator[None]:
+    """All patterns that are matched by sets until the block ends share a number of steps."""
+    before, _allowance.left = _allowance.left, min(_allowance.left, limits.MAX_ALL_STEPS)
+    try:
+        yield
+    finally:
+        _allowance.left = before
 
 
 def fullmatch(pattern: str, text: str) -> bool:
@@ -91,7 +109,7 @@ def steps(tree: Any, most: int, depth: int = 0) -> int:
     Each choice multiplies them. A repeat of a single character may end at any place; a repeat of more than that counts as
     too many, unless it is done once.
     """
-    ways = 1
+    ways, more = 1, 0
     for op, value in tree:
         name = str(op)
         if name in REPEATS:
@@ -104,15 +122,17 @@ def steps(tree: Any, most: int, depth: int = 0) -> int:
                 return most + 1
         elif name == "BRANCH":
             ways *= sum(steps(branch, most, depth + 1) for branch in value[1])
-        elif name in ("SUBPATTERN", "ASSERT", "ASSERT_NOT"):
+        elif name == "SUBPATTERN":
             ways *= steps(value[-1], most, depth + 1)
+        elif name in ("ASSERT", "ASSERT_NOT"):  # once it holds, it is not gone through again
+            more += ways * steps(value[-1], most, depth + 1)
         elif name == "ATOMIC_GROUP":
             ways *= steps(value, most, depth + 1)
         elif name not in ONE and name != "GROUPREF":
             return most + 1
-        if ways > most or depth > 100:
+        if ways + more > most or depth > 100:
             return most + 1
-    return ways
+    return ways + more
 
 
 class _Positions:
@@ -141,10 +161,11 @@ class _Positions:
         key = (id(node), at, flags)
         if key not in self.known:
             self.left -= 1
-            if self.left < 0:
+            _allowance.left -= 1
+            if self.left < 0 or _allowance.left < 0:
                 raise ConfigError(
-                    f"{self.pattern[:200]!r}, a regex that takes more than {limits.MAX_PATTERN_STEPS:,} steps on "
-                    f"{self.text[:100]!r}; write it with fewer repeats inside each other, or list the names."
+                    f"{self.pattern[:200]!r}, a regex that takes more than {limits.MAX_PATTERN_STEPS:,} steps on paths "
+                    f"such as {self.text[:100]!r}; write it with fewer repeats inside each other, or list the names."
                 )
             self.known[key] = self.found(node, at, flags)
         return self.known[key]

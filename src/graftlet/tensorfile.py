@@ -109,6 +109,10 @@ def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 def _entry(key: str, value: Any, path: Path) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"its header says of {key[:200]!r} something else than dtype, shape and data_offsets.")
+    if len(key) > limits.MAX_KEY_CHARS:
+        _refuse(
+            path, f"{key[:100]!r}... is a name of {len(key):,} characters; at most {limits.MAX_KEY_CHARS:,} are read."
+        )
     dtype, shape, places = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in SIZES if isinstance(dtype, str) else True:
         _refuse(path, f"{key[:200]!r} is of the kind {str(dtype)[:40]!r}; known: {listing(sorted(SIZES), 20)}.")

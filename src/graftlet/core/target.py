@@ -18,6 +18,7 @@ from torch import nn
 from .. import limits
 from ..config import Names, PeftConfig, TaskType
 from ..errors import ConfigError, NoMatchingPeftModuleError, PatternWarning, listing, nearest, warn
+from ..errors import shown as cut
 from ..patterns import check, fullmatch
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
@@ -208,9 +209,11 @@ def _warn_of_idle(config: PeftConfig, names: Iterable[str], places: list[Place])
 
 
 def _no_match(config: PeftConfig, names: Names, places: list[Place], named: list[Place], layered: list[Place]) -> str:
-    shown = repr(names) if isinstance(names, str) else repr(sorted(names))
+    shown = cut(names if isinstance(names, str) else sorted(names))
     if layered:
-        return f"exclude_modules={config.exclude_modules!r} leaves out every layer that target_modules={shown} matches."
+        return (
+            f"exclude_modules={cut(config.exclude_modules)} leaves out every layer that target_modules={shown} matches."
+        )
     if named:
         there = sorted({i for p in named if (i := layer_index(p.path, None)) is not None})
         return (

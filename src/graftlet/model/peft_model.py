@@ -25,6 +25,7 @@ from ..core.method import ROWS
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
+from ..files import check_apart
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload
@@ -272,6 +273,7 @@ class PeftModel(ManyAdapters, nn.Module):
         folder = Path(save_directory)
         if folder.is_file():
             raise AdapterFileError(f"{folder} is a file; a directory is needed to save adapters into.")
+        check_apart(folder, [n for n in names if n != "default"])
         initial = path_initial_model_for_weight_conversion
         for name in names:
             target = folder if name == "default" else folder / name
