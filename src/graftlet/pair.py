@@ -50,10 +50,10 @@ def read_config(path: Path) -> bytes:
         return text
     try:
         held = json.loads(_read(journal))
-        new, old = held["new"], held["old"].encode()
+        old = held["old"].encode()
+        return old if held["new"] == digest(text) and not _arrived(path.parent, held) else text
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, AdapterFileError):
         return text
-    return old if new == digest(text) != _recorded(path.with_name(WEIGHTS)) else text
 
 
 def _read(path: Path) -> bytes:
@@ -68,11 +68,11 @@ def _read(path: Path) -> bytes:
         raise AdapterFileError(f"{path} cannot be read: {error}.") from error
 
 
-def _recorded(weights: Path) -> str | None:
-    try:
-        return read_header(weights).metadata.get(DIGEST)
-    except AdapterFileError:
-        return None
+def _arrived(folder: Path, journal: Mapping[str, str]) -> bool:
+    """Whether the weights that belong to a journal's new config are in their place."""
+    if (folder / WEIGHTS).is_file():
+        return read_header(folder / WEIGHTS).metadata.get(DIGEST) == journal["new"]
+    return "pickle" in journal and (folder / PICKLE).is_file() and sum_of(folder / PICKLE) == journal["pickle"]
 
 
 def belongs(config: Path, metadata: Mapping[str, str]) -> bool:
@@ -159,6 +159,8 @@ class Save:
             sums = self._sums(weights) if self.manifest else b""
             if before is not None:
                 held = {"new": digest(self.config), "old": before.decode("utf-8", "replace")}
+                if self.name == PICKLE:  # which cannot say itself what it belongs to
+                    held["pickle"] = sum_of(weights)
                 write_atomically(journal, json.dumps(held).encode())
             if (folder / SUMS).is_file():
                 os.unlink(folder / SUMS)
@@ -195,7 +197,7 @@ def recover(folder: Path) -> None:
     config = folder / CONFIG
     if config.is_file() and (text := read_config(config)) != _read(config):
         write_atomically(config, text)
-    for name in (CONFIG, WEIGHTS, PICKLE, SUMS):
+    for name in (CONFIG, WEIGHTS, PICKLE, SUMS, JOURNAL):
         for path in folder.glob(f".{name}.*"):
             path.unlink(missing_ok=True)
 

@@ -58,42 +58,27 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def broken(n: int, act: Callable[[], None], patch: pytest.MonkeyPatch) -> int:
-    """Patch the system so that the n-th call of it does `act` first (or after, for odd halves); returns nothing yet done."""
-    count = 0
-    for name in CALLS:
-        real = getattr(os, name)
+def counting(patch: pytest.MonkeyPatch, at: int = 0, act: Callable[[], None] = lambda: None) -> list[str]:
+    """Patch the system so that its `at`-th call does `act` first; returns the list into which calls are written."""
+    made: list[str] = []
+    for name, real in [(name, getattr(os, name)) for name in CALLS]:
 
-        def wrapped(*args: Any, real: Any = real, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == n:
+        def wrapped(*args: Any, real: Any = real, name: str = name, **kwargs: Any) -> Any:
+            made.append(name)
+            if len(made) == at:
                 act()
             return real(*args, **kwargs)
 
         patch.setattr(os, name, wrapped)
-    return count
+    return made
 
 
 def calls(work: Callable[[], None]) -> int:
     """How many calls of the system some work makes."""
-    count = 0
-
-    def one() -> None:
-        nonlocal count
-        count += 1
-
     with pytest.MonkeyPatch.context() as patch:
-        for name in CALLS:
-            real = getattr(os, name)
-
-            def wrapped(*args: Any, real: Any = real, **kwargs: Any) -> Any:
-                one()
-                return real(*args, **kwargs)
-
-            patch.setattr(os, name, wrapped)
+        made = counting(patch)
         work()
-    return count
+    return len(made)
 
 
 def killed_at(n: int, work: Callable[[], None]) -> bool:
@@ -101,7 +86,7 @@ def killed_at(n: int, work: Callable[[], None]) -> bool:
     child = os.fork()
     if child == 0:
         patch = pytest.MonkeyPatch()
-        broken(n, lambda: os.kill(os.getpid(), signal.SIGKILL), patch)
+        counting(patch, n, lambda: os.kill(os.getpid(), signal.SIGKILL))
         try:
             work()
         finally:
@@ -142,6 +127,7 @@ def test_killed_at_any_call_a_save_leaves_the_old_adapter_or_the_new(kind: Any, 
     assert n > 15
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_twice_a_save_leaves_a_whole_adapter(tmp_path: Path) -> None:
     third = {"r": 5, "lora_alpha": 3}
@@ -166,7 +152,7 @@ def test_an_error_at_any_call_leaves_the_old_adapter_and_is_told(code: int, tmp_
         folder = tmp_path / str(n)
         write(folder, OLD)
         with pytest.MonkeyPatch.context() as patch:
-            broken(n, fail, patch)
+            counting(patch, n, fail)
             try:
                 write(folder, NEW)
                 done = True
@@ -225,6 +211,7 @@ SAVER = """
 """
 
 
+@pytest.mark.slow
 def test_processes_that_save_and_read_at_once_see_whole_adapters(tmp_path: Path) -> None:
     write(tmp_path, OLD)
     until = time.time() + 12
