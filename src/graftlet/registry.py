@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import ConfigError, UnknownMethodError, listing, nearest
+from .errors import ConfigError, UnknownMethodError, listing, nearest, shown
 
 T = TypeVar("T", bound=type)
 
@@ -110,6 +110,6 @@ def lookup(name: object) -> Entry:
         _load()
     if key not in _table:
         raise UnknownMethodError(
-            f"unknown method peft_type={key!r}{nearest(key, _table)} Known: {listing(sorted(_table), 60)}."
+            f"unknown method peft_type={shown(key)}{nearest(key, _table)} Known: {listing(sorted(_table), 60)}."
         )
     return _table[key]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .. import limits
 from ..config import Names, PeftConfig
 from ..errors import ConfigError
 from ..registry import Entry
@@ -69,6 +70,8 @@ class Plan:
         widen: adapters of half-precision layers are kept in single precision. init: run the method's initialisation;
         without it only methods that derive something at load run theirs.
         """
+        if not init:
+            self._check_size()
         self._build_commons(meta and not init, widen)
         memo: dict[int, Tensor] = {}
         for item in self.items:
@@ -81,6 +84,20 @@ class Plan:
         if (block := next((i.block for i in self.items if i.block is not None), None)) is not None:
             self.networks = block.networks(self.config, self.model)
         return self
+
+    def _check_size(self) -> None:
+        """Raise `ConfigError` where a saved adapter's config asks for absurdly more numbers than its base has."""
+        branches = [(i.branch, i.site) for i in self.items if i.branch is not None and i.site is not None]
+        sites = {branch.key: site for branch, site in branches}
+        wanted = [s.shape for method in self.methods() for s in method.commons(self.config, sites).values()]
+        for branch, site in branches:
+            wanted += [(max(1, site.stack), *spec.shape) for spec in branch.specs.values()]
+        most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(p.numel() for p in self.model.parameters())
+        if (count := sum(map(math.prod, wanted))) > most:
+            raise ConfigError(
+                f"the adapter's config asks for {count:,} numbers, absurdly more than its base has: it is damaged, or made to "
+                "take memory. If it is right, raise graftlet.limits.FREE_ELEMENTS."
+            )
 
     def methods(self) -> list[Method]:
         """One method of each kind among the adapter's layers."""

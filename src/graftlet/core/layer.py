@@ -345,6 +345,10 @@ class AdaptedLayer(Scales, Boxes):
                 else:
                     held.copy_(value)
 
+    def check_loaded(self, name: str) -> None:
+        if name in self.methods:
+            self.methods[name].check_loaded(self.view(name))
+
     # forward
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from ..errors import (
     nearest,
     warn,
 )
+from ..patterns import allowance
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Embedding, Parameter, Site, site_of
 from ..weights.storage import unusable
@@ -42,8 +43,12 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
         UnsupportedLayerError: a target is of a kind that the method does not work on.
         ConfigError: a value does not fit a layer.
     """
-    entry = lookup(config.peft_type)
-    made = Plan(model, config, entry, name, model if root is None else root)
+    with allowance():
+        return _planned(Plan(model, config, lookup(config.peft_type), name, model if root is None else root))
+
+
+def _planned(made: Plan) -> Plan:
+    model, config, entry = made.model, made.config, made.entry
     if issubclass(entry.method, (Method, Block)):
         entry.method().complete(config, model)
     found = _found(made) if _has_modules(config) else []

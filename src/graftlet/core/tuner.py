@@ -13,7 +13,7 @@ from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
 from ..registry import lookup
 from . import combine as combining
-from . import lifecycle, replication, ties
+from . import fingerprint, lifecycle, replication, ties
 from .around import surrounds
 from .block import BlockHost
 from .combine import Fit
@@ -47,6 +47,7 @@ class BaseTuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.pending: tuple[Plan, Before] | None = None
         self.vocabulary = vocabulary(model)
+        self.fingerprint = fingerprint.taken(model)
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
         self.reading: dict[str, AdaptedLayer] = {}  # a layer of each adapter that goes by tokens (`Method.reach`)
         self.rehearsing: dict[str, AdaptedLayer] = {}  # those that look at a call before it (`Method.rehearse`)

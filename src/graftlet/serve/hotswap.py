@@ -22,7 +22,7 @@ from ..core.method import Method, View
 from ..core.tensors import as_held, attribute
 from ..errors import AdapterFileError, CallError, CallWarning, ConfigError, MergeError, warn
 from ..model.parts import configs_of, root_of
-from ..model.save import load_peft_weights
+from ..model.save import Checks, opened
 from ..registry import lookup
 
 
@@ -42,9 +42,8 @@ def hotswap_adapter(
         AdapterFileError: the file is missing, damaged, not finite, or of another structure. ConfigError: of another method,
             or with other options. MergeError: the adapter is merged. The model is as it was.
     """
-    hub = {k: v for k, v in kwargs.items() if k not in ("allow_pickle", "key_mapping")}
-    config = PeftConfig.from_pretrained(model_name_or_path, **hub)
-    tensors = load_peft_weights(model_name_or_path, torch_device, **kwargs)
+    config, stored = opened(model_name_or_path, None, Checks.of(kwargs), device=torch_device, **kwargs)
+    tensors = stored.read()
     swap(model, tensors, adapter_name, config, str(model_name_or_path))
 
 
