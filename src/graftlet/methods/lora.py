@@ -110,6 +110,10 @@ class LoRA(Delta):
             y = p.site.on_channels(lambda h: h + p.lora_B_bias, y)
         return y * p.scaling
 
+    def thin(self, p: View) -> tuple[Tensor, Tensor, float] | None:
+        plain = p.site.linear and not p.lora_bias and not isinstance(p.scaling, Tensor)
+        return (p.lora_A, p.lora_B, p.scaling) if plain else None
+
     def factored(self, p: View) -> Factors:
         A, B = factors(p)
         if p.site.stack:
