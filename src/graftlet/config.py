@@ -368,12 +368,22 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _check_field(config: PeftConfig, name: str) -> None:
     hint, value = _hints(type(config))[name], getattr(config, name)
-    if isinstance(value, dict) and (made := _dataclass_in(hint)) is not None and value:
-        value = made(**value)  # a nested config as it comes out of JSON
+    made = _dataclass_in(hint) if isinstance(value, dict) else None
+    if made is not None and (value or not conforms(value, hint)):
+        value = _nested(made, value, f"{type(config).__name__}.{name}")
         setattr(config, name, value)
     if not conforms(value, hint):
         shown = str(hint).replace("typing.", "").replace("graftlet.config.", "")
         raise ConfigError(f"{type(config).__name__}.{name}={value!r} is a {type(value).__name__}; allowed: {shown}.")
+
+
+def _nested(made: type[Any], values: dict[str, Any], place: str) -> Any:
+    """A nested config as it comes out of JSON."""
+    names = [f.name for f in fields(made)]
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{place}: {made.__name__} has no field {key!r}{nearest(key, names) or '.'}")
+    return made(**values)
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -177,11 +177,13 @@ class _Run:
         if checkpoint is not None:
             self.say(f"resuming from {checkpoint}")
         with self.stage("train"):
+            _forget_peak(trainer.args.device)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 self.progress.close()
                 self.stop.close()
+                self.peak = _peak_memory(trainer.args.device)
         if self.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
             raise TrainingInterrupted(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -278,7 +280,7 @@ class _Run:
             "epochs": state.epoch,
             "tokens_an_epoch": tokens,
             "tokens_a_second": state.num_input_tokens_seen / self.seconds["train"] if not checkpoint else None,
-            "peak_memory": _peak_memory(trainer.args.device),
+            "peak_memory": self.peak,
             "resumed_from": str(checkpoint) if checkpoint else None,
             "best_step": int(best.rsplit("-", 1)[1]) if best else None,
         }
@@ -321,6 +323,12 @@ def describe(entry: dict[str, Any], metric: str) -> str:
     if "same_answers" in entry:
         parts.append(f"{entry['same_answers']} of {entry['of']} answers as after training")
     return ", ".join(parts) or "nothing is held out"
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak be training's own, where the device can count anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: torch.device) -> int:
