@@ -100,7 +100,7 @@ def files(key: str, library: Any, model: Any) -> list[Row]:
     """Injecting, saving, loading and swapping an adapter of r=64."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-        for i in range(3):
+        for _ in range(3):
             start = waited()
             made = library.get_peft_model(model, config(library, 64))
             rows.append({"what": "inject r64", "who": key, "s": waited() - start})

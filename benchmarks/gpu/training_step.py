@@ -168,6 +168,30 @@ def gradients(model: Any, ids: torch.Tensor) -> tuple[float, dict[str, torch.Ten
     return loss.item(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def check_dropout() -> list[str]:
+    """Products with dropout beside the same products with the very entries dropped that the bits say."""
+    if DEVICE != "cuda":
+        return ["skipped dropout: no CUDA"]
+    from graftlet.kernels import dropped_triton as kernels
+
+    said = []
+    for n, k, r in ((64, 128, 16), (37, 96, 5), (200, 160, 64), (4096, 4096, 16)):
+        x, A, dh = (torch.randn(*s, device=DEVICE).bfloat16() for s in ((n, k), (r, k), (n, r)))
+        words = kernels.bits(x, 0.3)
+        mask = torch.cat([words >> j & 1 for j in range(8)], 1).to(x.dtype)
+        pairs = {
+            "shrunk": (kernels.shrunk(x, words, A), (x * mask).double() @ A.double().T),
+            "outer": (kernels.outer(dh, x, words), dh.double().T @ (x * mask).double()),
+            "spread": (kernels.spread(dh, A, words, None), (dh.double() @ A.double()) * mask),
+            "added": (kernels.spread(dh, A, words, x.clone()), (dh.double() @ A.double()) * mask + x),
+        }
+        worst = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs.values())
+        share = float(mask.float().mean())
+        good = worst < 1e-2 and abs(share - 0.7) < 5 * (0.21 / (n * k)) ** 0.5
+        said.append(f"{'passed' if good else 'FAILED'} dropout {n, k, r}: worst {worst:.1e}, kept {share:.3f}")
+    return said
+
+
 def check() -> list[str]:
     """The fast way beside the plain one on a small model: the same loss, the same gradients."""
     said = []
@@ -238,7 +262,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--profile", default="")
     options = parser.parse_args()
-    print(*check(), sep="\n", flush=True)
+    print(*check_dropout(), *check(), sep="\n", flush=True)
     model = base(options.small)
     ids = torch.randint(0, model.config.vocab_size, (2, 64 if options.small else 2048), device=DEVICE)
     only = [w for w in options.only.split(",") if w]

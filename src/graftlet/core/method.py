@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
-from .algebra import Algebra, solved, together
+from .algebra import Algebra, Thin, solved, together
 from .kernel import fast
 
 if TYPE_CHECKING:
@@ -338,8 +338,8 @@ class Delta(Method):
     def _change(self, p: View, W: Tensor) -> Tensor:
         return self.apply(p, torch.zeros_like(W), None)[0] if p.site.stack else self.delta(p)
 
-    def thin(self, p: View) -> tuple[Tensor, Tensor, float] | None:
-        """`A [r, in]`, `B [out, r]` and s where `update` is just `s x A^T B^T`; None where it is, or may be, more."""
+    def thin(self, p: View) -> Thin | None:
+        """What `update` and `drop` do, where that is two thin products and torch's own dropout; None where it may be more."""
         return None
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:

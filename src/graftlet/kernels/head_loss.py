@@ -41,8 +41,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (back,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (back,), (grad,) = ctx.saved_tensors, grads
         return (None if back is None else back * grad.to(back.dtype)), None, None, None, None
 
 

@@ -9,6 +9,7 @@ single precision by the hardware; A, B and their gradients stay in the adapter's
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from typing import Any
@@ -27,18 +28,38 @@ def forward(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for an update of two thin products on a frozen, dense, linear layer that nothing else looks at."""
     if type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point() or _elsewhere(x):
         return None
-    pair, product = method.thin(p), before.product()
-    if pair is None or product is None:
+    thin, product = method.thin(p), before.product()
+    if thin is None or product is None:
         return None
-    (A, B, scale), (W, b) = pair, product
+    (A, B, scale, rate), (W, b) = thin, product
     if x.dtype not in DTYPES or W.dtype != x.dtype or x.is_meta or not (p.casts or A.dtype == x.dtype):
         return None
-    dropped = method.drop(p, x)
-    own = None if dropped is x else dropped
+    own = words = None
+    if rate and (kernels := dropping(x, A)) is not None:
+        words, scale = kernels.bits(x.flatten(0, -2), rate), scale / (1 - rate)
+    elif rate:
+        own = method.drop(p, x)
     if not torch.is_grad_enabled():
-        return _product(x, own, A.to(x.dtype), B.to(x.dtype), W, b, scale)[0]
+        return _product(x, own, words, A.to(x.dtype), B.to(x.dtype), W, b, scale)[0]
     meeting, met = _last.of(x)
-    return _apply_product(met, own, A, B, W, b, scale, meeting, recipe_of(x))
+    return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe_of(x))
+
+
+def dropping(x: Tensor, A: Tensor) -> Any:
+    """The kernels for products with dropout, where they serve these tensors; else None."""
+    kernels = _dropped() if x.is_cuda and x.dtype != torch.float32 else None
+    if kernels is None or x.shape[-1] % kernels.WORD or x.stride(-1) != 1 or not 0 < len(A) <= kernels.LARGEST:
+        return None
+    return kernels if x.is_contiguous() else None
+
+
+@functools.cache
+def _dropped() -> Any:
+    try:
+        from . import dropped_triton
+    except ImportError:  # Triton is not installed
+        return None
+    return dropped_triton
 
 
 def _elsewhere(x: Tensor) -> bool:
@@ -48,11 +69,21 @@ def _elsewhere(x: Tensor) -> bool:
 
 
 def _product(
-    x: Tensor, own: Tensor | None, A: Tensor, B: Tensor, W: Tensor, b: Tensor | None, scale: float
+    x: Tensor,
+    own: Tensor | None,
+    words: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the thin product `[rows, r]`."""
     rows = x.flatten(0, -2)
-    h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
+    if words is not None:
+        h = _dropped().shrunk(rows, words, A)
+    else:
+        h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
     y = scaled(h, B.t(), scale) if b is None else torch.addmm(b, h, B.t(), alpha=scale)
     y.addmm_(rows, W.t())  # the sum is read where it would be written, while the products are made
     return y.view(*x.shape[:-1], y.shape[-1]), h
@@ -73,13 +104,16 @@ WIDE = "out_dtype" in str(torch.ops.aten.addmm.dtype._schema) if hasattr(torch.o
 
 
 class LowRankProduct(torch.autograd.Function):
-    """The step. own: the input of the update where dropout makes it another one than the product's."""
+    """The step. own: the input of the update, where that is another one than the product's. words: or which of the input's
+    entries the update sees, a bit each.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         own: Tensor | None,
+        words: Tensor | None,
         A: Tensor,
         B: Tensor,
         W: Tensor,
@@ -89,32 +123,32 @@ class LowRankProduct(torch.autograd.Function):
         recipe: Recipe | None,
     ) -> Tensor:
         thin, wide = A.to(x.dtype), B.to(x.dtype)
-        y, h = _product(x, own, thin, wide, W, b, scale)
+        y, h = _product(x, own, words, thin, wide, W, b, scale)
         ctx.make = None if recipe is None or own is not None else recipe.make
         parts = recipe.parts if recipe is not None and ctx.make is not None else (x if own is None else own,)
-        ctx.save_for_backward(h, thin, wide, W, *parts)
+        ctx.save_for_backward(h, thin, wide, W, words, *parts)
         ctx.scale, ctx.meeting, ctx.dtype, ctx.apart = scale, meeting, A.dtype, own is not None
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, A, B, W, *parts = ctx.saved_tensors
-        wants_x, wants_own, wants_A, wants_B = ctx.needs_input_grad[:4]
-        dy, scale = grad.flatten(0, -2), ctx.scale
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, A, B, W, words, *parts = ctx.saved_tensors
+        wants_x, wants_own, _, wants_A, wants_B = ctx.needs_input_grad[:5]
+        dy, scale = grads[0].flatten(0, -2), ctx.scale
         dA = dB = dx = dh = None
         if wants_B:
             dB = scaled(dy.t(), h, scale, ctx.dtype)
         if wants_A or wants_x or wants_own:
             dh = scaled(dy, B, scale)
         if wants_A and dh is not None:
-            x = parts[0] if ctx.make is None else ctx.make(*parts)
-            dA = scaled(dh.t(), x.flatten(0, -2), 1.0, ctx.dtype)
+            x = (parts[0] if ctx.make is None else ctx.make(*parts)).flatten(0, -2)
+            dA = scaled(dh.t(), x, 1.0, ctx.dtype) if words is None else _dropped().outer(dh, x, words).to(ctx.dtype)
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:
-            ctx.meeting.add(dy, W, None if ctx.apart else dh, None if ctx.apart else A)
-        return None, dx, dA, dB, None, None, None, None, None
+            ctx.meeting.add(dy, W, None if ctx.apart or dh is None else (dh, A, words))
+        return None, dx, None, dA, dB, None, None, None, None, None
 
 
 class Meeting:
@@ -126,13 +160,13 @@ class Meeting:
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
         self.parts: list[tuple[Tensor, Tensor]] = []
-        self.thin: list[tuple[Tensor, Tensor]] = []
+        self.thin: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def add(self, dy: Tensor, W: Tensor, dh: Tensor | None, A: Tensor | None) -> None:
-        """A part `dy W + dh A` of the gradient."""
+    def add(self, dy: Tensor, W: Tensor, thin: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
+        """A part `dy W + dh A` of the gradient, the second product only where the words say."""
         self.parts.append((dy, W))
-        if dh is not None and A is not None:
-            self.thin.append((dh, A))
+        if thin is not None:
+            self.thin.append(thin)
 
     def gradient(self) -> Tensor | None:
         """The sum of the parts; none are left."""
@@ -140,14 +174,25 @@ class Meeting:
         self.parts, self.thin = [], []
         if not parts:
             return None
-        if thin:
-            dhs, As = zip(*thin, strict=True)
-            dx = torch.mm(dhs[0], As[0]) if len(thin) == 1 else torch.mm(torch.cat(dhs, 1), torch.cat(As))
-        else:
-            dx, parts = parts[0][0] @ parts[0][1], parts[1:]
+        dx = _thin_sum(thin)
+        if dx is None:
+            dx, parts = torch.mm(*parts[0]), parts[1:]
         for dy, W in parts:
             dx.addmm_(dy, W)
         return dx.view(self.shape)
+
+
+def _thin_sum(thin: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None:
+    whole = [(dh, A) for dh, A, words in thin if words is None]
+    dx = None
+    if len(whole) == 1:
+        dx = torch.mm(*whole[0])
+    elif whole:
+        dx = torch.mm(torch.cat([dh for dh, _ in whole], 1), torch.cat([A for _, A in whole]))
+    for dh, A, words in thin:
+        if words is not None:
+            dx = _dropped().spread(dh, A, words, dx)
+    return dx
 
 
 class _Meet(torch.autograd.Function):
@@ -161,13 +206,13 @@ class _Meet(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        dx = ctx.meeting.gradient()
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        dx, grad = ctx.meeting.gradient(), grads[0]
         return (dx if grad is None else grad if dx is None else dx + grad), None
 
 
-_apply_product: Any = super(torch.autograd.Function, LowRankProduct).apply
-_apply_meet: Any = super(torch.autograd.Function, _Meet).apply
+_apply_product: Any = super(torch.autograd.Function, LowRankProduct).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply_meet: Any = super(torch.autograd.Function, _Meet).apply  # pyright: ignore[reportAttributeAccessIssue]
 """The steps' `apply` without the look at transforms of functions, which `forward` has done."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.algebra import Factors
+from ..core.algebra import Factors, Thin
 from ..core.method import Delta, Holder, Method, Spec, View
 from ..core.target import by_pattern
 from ..core.tensors import share
@@ -110,9 +110,12 @@ class LoRA(Delta):
             y = p.site.on_channels(lambda h: h + p.lora_B_bias, y)
         return y * p.scaling
 
-    def thin(self, p: View) -> tuple[Tensor, Tensor, float] | None:
-        plain = p.site.linear and not p.lora_bias and not isinstance(p.scaling, Tensor)
-        return (p.lora_A, p.lora_B, p.scaling) if plain else None
+    def thin(self, p: View) -> Thin | None:
+        if not p.site.linear or p.lora_bias or isinstance(p.scaling, Tensor):
+            return None
+        dropout = p.lora_dropout
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return Thin(p.lora_A, p.lora_B, p.scaling, rate)
 
     def factored(self, p: View) -> Factors:
         A, B = factors(p)
