@@ -92,6 +92,7 @@ _HOMES = {
     "model.arrow": "create_arrow_model",
     "serve.cache": "AdapterCache AdapterPool",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
+    "model.optimised": "optimize_model optimised restore_model",
     "model.status": "get_layer_status get_model_status merge_errors",
     "model.kappa": "find_kappa_target_modules",
     "model.loftq": "replace_lora_weights_loftq",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,15 @@ class Factors:
     A: Tensor
     B: Tensor
     scale: float = 1.0
+
+
+class Thin(NamedTuple):
+    """An update that is just `scale x A^T B^T`: A `[r, in]`, B `[out, r]`. rate: the share of x that dropout takes."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    rate: float = 0.0
 
 
 class Algebra:

@@ -77,6 +77,9 @@ class Base:
     def origin(self) -> Weights:
         return self.weight() if self.pristine else widened(*self.layer.original())
 
+    def product(self) -> Weights | None:
+        return None if self.pure or self.args or self.kwargs else self.layer.site.product()
+
 
 class Rows(Base):
     """The first stage for some rows of a batch: what the base layer gives for the input as it is, is computed once."""
@@ -92,6 +95,9 @@ class Rows(Base):
             self.whole.output = self.whole(self.batch)
         self.dtype = self.whole.dtype
         return self.whole.output.index_select(0, self.index)
+
+    def product(self) -> None:
+        return None  # the whole batch's is made once
 
 
 class Adapted:
@@ -114,6 +120,9 @@ class Adapted:
 
     def origin(self) -> Weights:
         return self.before.origin()
+
+    def product(self) -> None:
+        return None
 
 
 class Peers(Mapping[str, tuple[Method, View]]):

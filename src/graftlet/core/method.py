@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
-from .algebra import Algebra, solved
+from .algebra import Algebra, Thin, solved
 from .group import Group
+from .kernel import fast
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -116,6 +117,7 @@ class Stage(Protocol):
     """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter.
 
     pristine: no adapter acts in it, so that both are the same. bias: the weight's bias alone, as cheap as can be had.
+    product: the kept weight as a matrix, and bias, where calling the stage is just a product with them; else None.
     """
 
     @property
@@ -124,6 +126,7 @@ class Stage(Protocol):
     def bias(self) -> Tensor | None: ...
     def weight(self) -> Weights: ...
     def origin(self) -> Weights: ...
+    def product(self) -> Weights | None: ...
 
 
 class Method(Algebra):
@@ -337,8 +340,13 @@ class Delta(Method):
     def _change(self, p: View, W: Tensor) -> Tensor:
         return self.apply(p, torch.zeros_like(W), None)[0] if p.site.stack else self.delta(p)
 
+    def thin(self, p: View) -> Thin | None:
+        """What `update` and `drop` do, where that is two thin products and torch's own dropout; None where it may be more."""
+        return None
+
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
-        return before(x) + self.update(p, self.drop(p, p.cast(x)))
+        y = fast(self, p, x, before)
+        return before(x) + self.update(p, self.drop(p, p.cast(x))) if y is None else y
 
 
 class InputMap(Method):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.algebra import Factors
+from ..core.algebra import Factors, Thin
 from ..core.method import Delta, Holder, Method, Spec, View
 from ..core.target import by_pattern
 from ..core.tensors import share
@@ -109,6 +109,13 @@ class LoRA(Delta):
         if p.lora_bias:
             y = p.site.on_channels(lambda h: h + p.lora_B_bias, y)
         return y * p.scaling
+
+    def thin(self, p: View) -> Thin | None:
+        if not p.site.linear or p.lora_bias or isinstance(p.scaling, Tensor):
+            return None
+        dropout = p.lora_dropout
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return Thin(p.lora_A, p.lora_B, p.scaling, rate)
 
     def factored(self, p: View) -> Factors:
         A, B = factors(p)

@@ -80,7 +80,7 @@ def read_changes(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors, config = _tensors(find_file(source, WEIGHTS)), json.loads(PeftConfig.from_pretrained(source).to_json())
     found, taken = dict[str, tuple[Tensor, Tensor]](), set[str]()
     for layer, names in _pairs(tensors):
-        A, B = _cells(layer, *(tensors[n] for n in names), config)
+        A, B = _cells(layer, tensors[names[0]], tensors[names[1]], config)
         found[layer] = B * _scaling(layer, A.shape[1], config), A
         taken |= set(names)
     for name in tensors.keys() - taken:

@@ -7,6 +7,7 @@ weight in its place. Transposition, kernels, groups and look-ups live here and n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -14,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import MergeError, UnsupportedLayerError
-from .storage import Storage, packed, qualified, storage_of, unusable
+from .storage import PLAIN, Storage, packed, qualified, storage_of, unusable
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
@@ -162,6 +164,10 @@ class Site:
 
     # the operation
 
+    def product(self) -> tuple[Tensor, Tensor | None] | None:
+        """The kept weight `[out, in]` and bias where calling the module is a product with them and nothing else."""
+        return None
+
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The layer's operation on `x` with another weight (any number of outputs)."""
         raise NotImplementedError
@@ -235,6 +241,25 @@ class Linear(Site):
 
     kinds = ("torch.nn.modules.linear.Linear",)
     linear = True
+
+    def product(self) -> tuple[Tensor, Tensor | None] | None:
+        W, b = self.weight, self.read_bias()
+        learns = W.requires_grad or (b is not None and b.requires_grad)
+        if learns or type(W) not in (Tensor, nn.Parameter) or self.storage is not PLAIN or not self.bare:
+            return None
+        return self.canonical(W), b
+
+    @property
+    def bare(self) -> bool:
+        """Whether a call of the module is the operation that its class stands for, and nothing before or after it."""
+        m = self.module
+        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        return self._known and not (hooks or "forward" in m.__dict__ or _has_any_global_hook())
+
+    @functools.cached_property
+    def _known(self) -> bool:
+        kind = type(self.module)
+        return f"{kind.__module__}.{kind.__qualname__}" in self.kinds
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, weight, bias)

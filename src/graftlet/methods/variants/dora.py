@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.group import Group
+from ...core.kernel import kernels
 from ...core.method import Rewrite, Spec, Stage, View, Weights
+from ...kernels.gained import gained, row_norms
 from ...weights.site import Conv, Site
 from . import Wrapper, variant
 
@@ -65,6 +67,8 @@ class DoRA(Wrapper, Rewrite):
         gain = self._kept_gain(p, before)
         whole = p.cast(x)
         dropped = self.inner.drop(p, whole)
+        if dropped is whole and self._quick(p, before):
+            return gained(self.inner.forward(p, x, before), gain, before.bias())
         y, update = before(x), self.inner.update(p, dropped)
         if dropped is whole:
             b = before.bias()
@@ -85,11 +89,22 @@ class DoRA(Wrapper, Rewrite):
         found = None if mark is None else _gains.get(p.lora_magnitude_vector)
         if found is not None and found[0] == mark:
             return found[1]
-        gain = self._gain(p, self.inner.transform(p, before.weight()[0], None)[0])
+        gain = p.lora_magnitude_vector.flatten() / self._norms(p, before)
         if mark is not None:
             with torch.inference_mode(False):  # found in inference mode, it may be read outside of it
                 _gains[p.lora_magnitude_vector] = (mark, gain.detach().clone())
         return gain
+
+    def _norms(self, p: View, before: Stage) -> Tensor:
+        thin, product = self.inner.thin(p), before.product()
+        if thin is None or product is None or not self._quick(p, before):
+            return row_norm(self.inner.transform(p, before.weight()[0], None)[0]).detach()
+        return row_norms(product[0], thin.A, thin.B, thin.scale)
+
+    def _quick(self, p: View, before: Stage) -> bool:
+        """Whether kernels may be used, and the norms be found from the factors."""
+        usable = not torch.compiler.is_compiling() and bool(kernels())
+        return usable and before.product() is not None and self.inner.thin(p) is not None
 
     def _gain(self, p: View, adapted: Tensor) -> Tensor:
         return p.lora_magnitude_vector.flatten() / row_norm(adapted).detach()

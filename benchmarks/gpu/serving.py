@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many adapters on one GPU: mixed batches, adding, injecting, saving, loading, swapping, combining; both libraries in one run.
+
+    python benchmarks/gpu/serving.py [--who graftlet,reference] [--only WORD,...] [--out DIR] [--small]
+
+The model is a Llama of 8B shape with 16 layers in bf16; adapters are on all linear layers, r=16 for mixed batches (32 of them),
+r=64 for files. Medians; seconds by the host's clock with the device waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from training_step import DEVICE, LINEAR, base, libraries, release
+
+import graftlet
+
+COUNT = 32
+Row = dict[str, Any]
+
+
+def waited() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds(work: Callable[[], Any], rounds: int = 5, warmups: int = 1) -> float:
+    times = []
+    for i in range(rounds + warmups):
+        start = waited()
+        work()
+        times.append(waited() - start)
+        if i == 0 and times[0] > 20:
+            break
+    return statistics.median(times[warmups:] or times)
+
+
+def config(library: Any, r: int) -> Any:
+    return library.LoraConfig(r=r, lora_alpha=2 * r, target_modules=LINEAR)
+
+
+def filled(model: Any) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    return model
+
+
+def mixed(key: str, library: Any, model: Any) -> list[Row]:
+    """32 rows, of 1 and of 128 tokens: the base, one adapter active, one for all rows, 32 mixed."""
+    rows: list[Row] = []
+    vocabulary = model.config.vocab_size
+    with torch.inference_mode():
+        model.eval()
+        inputs = {t: torch.randint(0, vocabulary, (COUNT, t), device=DEVICE) for t in (1, 128)}
+        bare = {t: seconds(lambda t=t: model(input_ids=inputs[t], use_cache=False)) for t in inputs}
+        made = filled(library.get_peft_model(model, config(library, 16), "a0"))
+        start = waited()
+        for i in range(1, COUNT):
+            made.add_adapter(f"a{i}", config(library, 16))
+        rows.append({"what": "add 31 adapters", "who": key, "s": waited() - start})
+        filled(made).eval()
+        names = [f"a{i}" for i in range(COUNT)]
+        for t, ids in inputs.items():
+            cases = {
+                "base": lambda ids=ids, t=t: bare[t],
+                "one active": lambda ids=ids: seconds(lambda: made(input_ids=ids, use_cache=False)),
+                "1 adapter": lambda ids=ids: seconds(
+                    lambda: made(input_ids=ids, adapter_names=["a3"] * COUNT, use_cache=False)
+                ),
+                "32 adapters": lambda ids=ids: seconds(
+                    lambda: made(input_ids=ids, adapter_names=names, use_cache=False), 3
+                ),
+            }
+            rows += [
+                {"what": f"{COUNT} rows of {t}, {what}", "who": key, "s": measure()} for what, measure in cases.items()
+            ]
+    made.unload()
+    return rows
+
+
+def files(key: str, library: Any, model: Any) -> list[Row]:
+    """Injecting, saving, loading and swapping an adapter of r=64."""
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        for _ in range(3):
+            start = waited()
+            made = library.get_peft_model(model, config(library, 64))
+            rows.append({"what": "inject r64", "who": key, "s": waited() - start})
+            filled(made)
+            start = waited()
+            made.save_pretrained(folder)
+            rows.append({"what": "save r64", "who": key, "s": waited() - start})
+            made.unload()
+        for options in ({}, {"low_cpu_mem_usage": True}):
+            for _ in range(3):
+                start = waited()
+                made = library.PeftModel.from_pretrained(model, folder, **options)
+                rows.append(
+                    {"what": f"load r64 {'low_cpu' if options else ''}".strip(), "who": key, "s": waited() - start}
+                )
+                made.unload()
+        made = library.PeftModel.from_pretrained(model, folder)
+        hotswap = __import__(
+            f"{'graftlet' if key == 'graftlet' else 'peft'}.utils.hotswap", fromlist=["x"]
+        ).hotswap_adapter
+        rows.append({"what": "hotswap r64", "who": key, "s": seconds(lambda: hotswap(made, folder, "default"))})
+        made.unload()
+    return rows
+
+
+def combining(key: str, library: Any, model: Any) -> list[Row]:
+    """The svd combination of three adapters of r=64; merging and unmerging one."""
+    made = library.get_peft_model(model, config(library, 64), "a")
+    for name in "bc":
+        made.add_adapter(name, config(library, 64))
+    filled(made)
+    rows: list[Row] = []
+    made.set_adapter("a")
+    rows.append(
+        {"what": "merge r64", "who": key, "s": seconds(lambda: (made.merge_adapter(), made.unmerge_adapter()), 3)}
+    )
+    rows[-1]["what"] = "merge and unmerge r64"
+    rows.append(
+        {"what": "set_adapter", "who": key, "s": seconds(lambda: (made.set_adapter("b"), made.set_adapter("a"))) / 2}
+    )
+    if key == "graftlet":  # the reference takes minutes
+        start = waited()
+        made.add_weighted_adapter(["a", "b", "c"], [0.5, 0.3, 0.2], "all", combination_type="svd", svd_rank=64)
+        rows.append({"what": "svd of three r64", "who": key, "s": waited() - start})
+    made.unload()
+    return rows
+
+
+PARTS = {"mixed": mixed, "files": files, "combining": combining}
+
+
+def merged(rows: list[Row]) -> list[Row]:
+    """The median of rows that stand for the same."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["what"], row["who"]), []).append(row["s"])
+    return [{"what": what, "who": who, "s": statistics.median(times)} for (what, who), times in found.items()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--who", default="graftlet,reference")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    model = base(options.small)
+    rows: list[Row] = []
+    for name, part in PARTS.items():
+        for key, library in libraries().items():
+            if key in options.who.split(",") and (not options.only or name in options.only.split(",")):
+                try:
+                    rows += part(key, library, model)
+                except Exception as error:
+                    print(f"{name} of {key} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
+                gc.collect()
+                release()
+                for row in merged(rows)[-12:]:
+                    print(f"{row['what']:32} {row['who']:10} {1000 * row['s']:10.1f} ms", flush=True)
+    if options.out:
+        device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+        facts = {
+            "date": str(datetime.date.today()),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        results = {**facts, "device": device, "graftlet": graftlet.__version__, "rows": merged(rows)}
+        Path(options.out, "serving.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

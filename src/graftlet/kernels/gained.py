@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What DoRA needs, without ever building W + dW: the norms of its rows, and a gain a channel in one pass each way.
+
+|w + s B a|^2 = |w|^2 + 2 s <w, B a> + s^2 |B a|^2, where the last two are products with r columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@torch.no_grad()
+def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The norms of the rows of `W + scale B A`, `[out]`, in single precision; W's own are found once."""
+    A, B = A.float(), B.float()
+    across = (W @ A.t().to(W.dtype)).float() if W.is_cuda else W.float() @ A.t()
+    added = 2 * scale * (across * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
+    return (_squares(W) + added).clamp_min_(0).sqrt_()
+
+
+def _squares(W: Tensor) -> Tensor:
+    """|w|^2 of each row; kept for a weight that stays as it is."""
+    mark = None if W.is_inference() else (W.data_ptr(), W._version, W.device, W.dtype)
+    found = _kept.get(W) if mark is not None else None
+    if found is not None and found[0] == mark:
+        return found[1]
+    squares = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).square_()
+    if mark is not None:
+        with torch.inference_mode(False):
+            _kept[W] = (mark, squares.clone())
+    return squares
+
+
+_kept = WeakTensorKeyDictionary()
+
+
+def gained(z: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:
+    """(z - b) gain + b for `z [..., out]`, in z's dtype: computed in single precision, rounded once."""
+    y: Any = Gained.apply(z, gain)
+    return y if b is None else y + (b - b * gain.to(b.dtype))
+
+
+class Gained(torch.autograd.Function):
+    """z gain, without copies of z in a wider dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(z, gain)
+        return torch.mul(z, gain, out=torch.empty_like(z))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,), (z, gain) = grads, ctx.saved_tensors
+        dz = torch.mul(grad, gain, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
+        dgain = None
+        if ctx.needs_input_grad[1]:
+            dgain = (grad * z).flatten(0, -2).sum(0, dtype=torch.float32).to(gain.dtype)
+        return dz, dgain

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frozen product and a low-rank update in one step of autograd:   y = x W^T + b + s (x A^T) B^T
+
+What it saves, beside the plain way: the input is kept once for all layers that are given it, in its own dtype; no product
+is as wide as the output but the result, into which the others are added as they are made; and the gradients of a shared
+input are summed inside the products (`Meeting`), not by passes of their own. Products are in the input's dtype, summed in
+single precision by the hardware; A, B and their gradients stay in the adapter's dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..core.method import Delta, Stage, View
+from .recipe import Recipe, recipe_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
+    """The kernel: for an update of two thin products on a frozen, dense, linear layer that nothing else looks at."""
+    if type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point() or _elsewhere(x):
+        return None
+    thin, product = method.thin(p), before.product()
+    if thin is None or product is None:
+        return None
+    (A, B, scale, rate), (W, b) = thin, product
+    if x.dtype not in DTYPES or W.dtype != x.dtype or x.is_meta or not (p.casts or A.dtype == x.dtype):
+        return None
+    own = words = None
+    if rate and (kernels := dropping(x, A)) is not None:
+        words, scale = kernels.bits(x.flatten(0, -2), rate), scale / (1 - rate)
+    elif rate:
+        own = method.drop(p, x)
+    if not torch.is_grad_enabled():
+        return _product(x, own, words, A.to(x.dtype), B.to(x.dtype), W, b, scale)[0]
+    meeting, met = _last.of(x)
+    return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe_of(x))
+
+
+def dropping(x: Tensor, A: Tensor) -> Any:
+    """The kernels for products with dropout, where they serve these tensors; else None."""
+    kernels = _dropped() if x.is_cuda and x.dtype != torch.float32 else None
+    if kernels is None or x.shape[-1] % kernels.WORD or x.stride(-1) != 1 or not 0 < len(A) <= kernels.LARGEST:
+        return None
+    return kernels if x.is_contiguous() else None
+
+
+@functools.cache
+def _dropped() -> Any:
+    try:
+        from . import dropped_triton
+    except ImportError:  # Triton is not installed
+        return None
+    return dropped_triton
+
+
+def _elsewhere(x: Tensor) -> bool:
+    """Whether somebody else sees to how operations are done: autocast, a transform of functions."""
+    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    return transformed or torch.is_autocast_enabled(x.device.type)
+
+
+def _product(
+    x: Tensor,
+    own: Tensor | None,
+    words: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output, and the thin product `[rows, r]`."""
+    rows = x.flatten(0, -2)
+    if words is not None:
+        h = _dropped().shrunk(rows, words, A)
+    else:
+        h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
+    y = scaled(h, B.t(), scale) if b is None else torch.addmm(b, h, B.t(), alpha=scale)
+    y.addmm_(rows, W.t())  # the sum is read where it would be written, while the products are made
+    return y.view(*x.shape[:-1], y.shape[-1]), h
+
+
+def scaled(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
+    """s a b, in one step; in single precision out of half where the device can."""
+    out = a.new_empty(())
+    if dtype is None or dtype == a.dtype:
+        return torch.addmm(out, a, b, beta=0, alpha=scale)
+    if a.is_cuda and dtype == torch.float32 and WIDE:
+        return torch.addmm(out.float(), a, b, out_dtype=dtype, beta=0, alpha=scale)  # type: ignore[call-overload]
+    return torch.addmm(out, a, b, beta=0, alpha=scale).to(dtype)
+
+
+WIDE = "out_dtype" in str(torch.ops.aten.addmm.dtype._schema) if hasattr(torch.ops.aten.addmm, "dtype") else False
+"""Products of half precision may be had in single, as they are summed."""
+
+
+class LowRankProduct(torch.autograd.Function):
+    """The step. own: the input of the update, where that is another one than the product's. words: or which of the input's
+    entries the update sees, a bit each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        own: Tensor | None,
+        words: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        scale: float,
+        meeting: Meeting,
+        recipe: Recipe | None,
+    ) -> Tensor:
+        thin, wide = A.to(x.dtype), B.to(x.dtype)
+        y, h = _product(x, own, words, thin, wide, W, b, scale)
+        ctx.make = None if recipe is None or own is not None else recipe.make
+        parts = recipe.parts if recipe is not None and ctx.make is not None else (x if own is None else own,)
+        ctx.save_for_backward(h, thin, wide, W, words, *parts)
+        ctx.scale, ctx.meeting, ctx.dtype, ctx.apart = scale, meeting, A.dtype, own is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        h, A, B, W, words, *parts = ctx.saved_tensors
+        wants_x, wants_own, _, wants_A, wants_B = ctx.needs_input_grad[:5]
+        dy, scale = grads[0].flatten(0, -2), ctx.scale
+        dA = dB = dx = dh = None
+        if wants_B:
+            dB = scaled(dy.t(), h, scale, ctx.dtype)
+        if wants_A or wants_x or wants_own:
+            dh = scaled(dy, B, scale)
+        if wants_A and dh is not None:
+            x = (parts[0] if ctx.make is None else ctx.make(*parts)).flatten(0, -2)
+            dA = scaled(dh.t(), x, 1.0, ctx.dtype) if words is None else _dropped().outer(dh, x, words).to(ctx.dtype)
+        if wants_own and dh is not None:
+            dx = torch.mm(dh, A).view(parts[0].shape)
+        if wants_x:
+            ctx.meeting.add(dy, W, None if ctx.apart or dh is None else (dh, A, words))
+        return None, dx, None, dA, dB, None, None, None, None, None
+
+
+class Meeting:
+    """An input that several layers are given, and the one place where its gradient is summed.
+
+    Each layer hands in its part as factors; the sum is made when all have, product after product into one tensor.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.thin: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def add(self, dy: Tensor, W: Tensor, thin: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
+        """A part `dy W + dh A` of the gradient, the second product only where the words say."""
+        self.parts.append((dy, W))
+        if thin is not None:
+            self.thin.append(thin)
+
+    def gradient(self) -> Tensor | None:
+        """The sum of the parts; none are left."""
+        parts, thin = self.parts, self.thin
+        self.parts, self.thin = [], []
+        if not parts:
+            return None
+        dx = _thin_sum(thin)
+        if dx is None:
+            dx, parts = torch.mm(*parts[0]), parts[1:]
+        for dy, W in parts:
+            dx.addmm_(dy, W)
+        return dx.view(self.shape)
+
+
+def _thin_sum(thin: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None:
+    whole = [(dh, A) for dh, A, words in thin if words is None]
+    dx = None
+    if len(whole) == 1:
+        dx = torch.mm(*whole[0])
+    elif whole:
+        dx = torch.mm(torch.cat([dh for dh, _ in whole], 1), torch.cat([A for _, A in whole]))
+    for dh, A, words in thin:
+        if words is not None:
+            dx = _dropped().spread(dh, A, words, dx)
+    return dx
+
+
+class _Meet(torch.autograd.Function):
+    """The input as it is; backward, what the meeting has summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, meeting: Meeting) -> Tensor:
+        ctx.meeting = meeting
+        ctx.set_materialize_grads(False)
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        dx, grad = ctx.meeting.gradient(), grads[0]
+        return (dx if grad is None else grad if dx is None else dx + grad), None
+
+
+_apply_product: Any = super(torch.autograd.Function, LowRankProduct).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply_meet: Any = super(torch.autograd.Function, _Meet).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""The steps' `apply` without the look at transforms of functions, which `forward` has done."""
+
+
+class _Last(threading.local):
+    """The last meeting on a thread, and the input as its layers are given it.
+
+    Not in the meeting itself: the graph holds that, and would hold itself by it.
+    """
+
+    meeting: Meeting | None = None
+    met: Tensor | None = None
+    source: weakref.ref[Tensor] | None = None
+    version = 0
+
+    def of(self, x: Tensor) -> tuple[Meeting, Tensor]:
+        """The meeting of an input: the last one, where that was given the very same tensor."""
+        source, version = self.source, x._version
+        if source is not None and source() is x and self.version == version and self.meeting and self.met is not None:
+            return self.meeting, self.met
+        made = Meeting(x.shape)
+        met = _apply_meet(x, made) if x.requires_grad else x
+        self.meeting, self.met, self.version = made, met, version
+        self.source = weakref.ref(x, self.forget)
+        return made, met
+
+    def forget(self, gone: weakref.ref[Tensor]) -> None:
+        """Let go of an input that nobody else holds any more."""
+        if self.source is gone:
+            self.meeting = self.met = self.source = None
+
+
+_last = _Last()

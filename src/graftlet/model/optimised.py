@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faster operations for the base model itself: norms, rotations, gated products, the head with its loss (liger-kernel).
+
+    optimize_model(model)        # one model object is changed, no class and no module of transformers
+    restore_model(model)         # as it was
+
+Nothing is taken on trust: each operation of the model is tried beside the fused one on a few numbers, and replaced where
+both give the same. So a family that nobody thought of is served as far as it is built like the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.host import bare
+from ..kernels.head_loss import IGNORED, HeadLoss
+from ..kernels.recipe import noted
+
+Forward = Callable[..., Any]
+Model = TypeVar("Model", bound=nn.Module)
+
+PLACE = "_graftlet_optimised"
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """What was done to a model. replaced: how often each operation was. left: why others were not."""
+
+    replaced: dict[str, int]
+    left: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        done = ", ".join(f"{count} {what}" for what, count in self.replaced.items()) or "nothing"
+        return f"fused: {done}" + "".join(f"; {why}" for why in self.left)
+
+
+def optimize_model(model: Model) -> Model:
+    """Let a transformers model compute with fused operations where they are equal; the model itself is returned.
+
+    Adapters, their keys, merging and saving stay as they are. In training with labels, a causal language model gives its
+    loss and no logits. `optimised(model)` says what was done. On a machine without CUDA, Triton or liger-kernel nothing is.
+    """
+    core = _core(model)
+    if PLACE in core.__dict__:
+        return model
+    why = unavailable(core)
+    replaced: Counter[str] = Counter()
+    if why is None:
+        for module in list(core.modules()):
+            for what, found in FUSIONS.items():
+                if "forward" not in module.__dict__ and (forward := found(module)) is not None:
+                    module.__dict__["forward"] = types.MethodType(forward, module)
+                    replaced[what] += 1
+                    break
+    core.__dict__[PLACE] = Optimised(dict(replaced), () if why is None else (why,))
+    return model
+
+
+def restore_model(model: Model) -> Model:
+    """Take back what `optimize_model` did; the model itself is returned."""
+    core = _core(model)
+    if core.__dict__.pop(PLACE, None) is not None:
+        for module in core.modules():
+            if isinstance(module.__dict__.get("forward"), types.MethodType) and hasattr(module.forward, MARK):
+                del module.__dict__["forward"]
+    return model
+
+
+def optimised(model: nn.Module) -> Optimised | None:
+    """What `optimize_model` did to a model; None where it was not called."""
+    return _core(model).__dict__.get(PLACE)
+
+
+def unavailable(model: nn.Module) -> str | None:
+    """Why fused operations cannot run for a model here; None where they can."""
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return f"the model is on {device.type}, and the fused operations need CUDA"
+    for package in ("triton", "liger_kernel"):
+        if importlib.util.find_spec(package) is None:
+            return f"{package} is not installed: pip install {package.replace('_', '-')}"
+    return None
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """The transformers model inside what is around it."""
+    found = getattr(model, "get_base_model", None)
+    return found() if found is not None else model
+
+
+MARK = "_graftlet_fused"
+
+
+def marked(forward: Forward) -> Forward:
+    """A forward of ours, to know it by."""
+    setattr(forward, MARK, True)
+    return forward
+
+
+# norms
+
+CASTS = [("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0), ("llama", 1.0)]
+
+
+def norm(module: nn.Module) -> Forward | None:
+    """An RMS norm, whichever of the ways of rounding and of counting its weight it has."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    weight = module._parameters.get("weight")
+    if "RMSNorm" not in type(module).__name__ or weight is None or weight.dim() != 1 or not isinstance(eps, float):
+        return None
+    return _norm_of(type(module), weight.dtype, weight.device, len(weight), eps)
+
+
+@functools.cache
+def _norm_of(kind: type, dtype: torch.dtype, device: torch.device, size: int, eps: float) -> Forward | None:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
+
+    x, W = (torch.randn(*shape, device=device).to(dtype) for shape in ((5, size), (size,)))
+    stand_in: Any = nn.Module.__new__(kind)
+    nn.Module.__init__(stand_in)
+    stand_in.weight = nn.Parameter(W)
+    for name in ("variance_epsilon", "eps"):
+        setattr(stand_in, name, eps)
+    with torch.no_grad():
+        wanted = stand_in(x)
+        for cast_, offset in CASTS:
+            if close(LigerRMSNormFunction.apply(x, W, eps, offset, cast_, False), wanted):
+                break
+        else:
+            return None
+
+    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        return LigerRMSNormFunction.apply(hidden_states, self.weight, eps, offset, cast_, False)
+
+    return marked(forward)
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors are the same but for rounding, in their own dtype."""
+    bound = 4 * torch.finfo(wanted.dtype).eps
+    return found.dtype == wanted.dtype and bool(((found - wanted).norm() <= bound * wanted.norm()).item())
+
+
+# gated products
+
+
+def gated(module: nn.Module) -> Forward | None:
+    """`down(act(gate(x)) * up(x))`, the product being made again for backward, not kept."""
+    if not all(name in module._modules for name in ("gate_proj", "up_proj", "down_proj")):
+        return None
+    act = getattr(module, "act_fn", None)
+    multiply = _product_of(act)
+    if multiply is None or not _wired(type(module), cast(nn.Module, act)):
+        return None
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(noted(multiply.apply(gate, up), functools.partial(_again, multiply), gate, up))
+
+    return marked(forward)
+
+
+def _again(multiply: Any, gate: Tensor, up: Tensor) -> Tensor:
+    with torch.no_grad():
+        return multiply.apply(gate, up)
+
+
+def _product_of(act: Any) -> Any:
+    """The fused `act(a) * b`, by what the activation does."""
+    from liger_kernel.ops.geglu import LigerGELUMulFunction  # pyright: ignore[reportMissingImports]
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
+
+    if not callable(act):
+        return None
+    x = torch.linspace(-4, 4, 33)
+    for function, plain in ((LigerSiLUMulFunction, F.silu), (LigerGELUMulFunction, _tanh_gelu)):
+        if torch.allclose(cast(Tensor, act(x)), plain(x), atol=1e-6):
+            return function
+    return None
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _wired(kind: type, act: nn.Module) -> bool:
+    """Whether a class's forward is that product: tried with plain numbers in the layers' place."""
+    stand_in = types.SimpleNamespace(
+        gate_proj=lambda x: 2 * x, up_proj=lambda x: 3 - x, down_proj=lambda x: 5 * x, act_fn=act, config=None
+    )
+    x = torch.linspace(-2, 2, 9)
+    try:
+        found = kind.forward(stand_in, x)
+    except Exception:  # it needs more than these: it is another product
+        return False
+    return isinstance(found, Tensor) and torch.allclose(found, 5 * (act(2 * x) * (3 - x)))
+
+
+# rotations
+
+ROTATION = "apply_rotary_pos_emb"
+
+
+def rotation(module: nn.Module) -> Forward | None:
+    """An attention's own forward, but for the function that turns queries and keys by their positions."""
+    plain = inspect.unwrap(type(module).forward)
+    if not isinstance(plain, types.FunctionType) or ROTATION not in plain.__code__.co_names:
+        return None
+    fused = _rotation_of(plain.__globals__.get(ROTATION), next(module.parameters()).device)
+    if fused is None:
+        return None
+    scope = {**plain.__globals__, ROTATION: fused}
+    forward = types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
+    forward.__kwdefaults__ = plain.__kwdefaults__
+    return marked(forward)
+
+
+@functools.cache
+def _rotation_of(plain: Any, device: torch.device) -> Any:
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
+
+    if not callable(plain):
+        return None
+    q, k = torch.randn(2, 4, 3, 16, device=device), torch.randn(2, 2, 3, 16, device=device)
+    cos, sin = (torch.randn(2, 3, 8, device=device).repeat(1, 1, 2) for _ in "cs")
+    try:
+        wanted: Any = plain(q.clone(), k.clone(), cos, sin)
+    except Exception:  # another signature, another rotation
+        return None
+    found = liger_rotary_pos_emb(q.clone(), k.clone(), cos, sin)
+    same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
+    return liger_rotary_pos_emb if same else None
+
+
+# the head and its loss
+
+
+def headed(module: nn.Module) -> Forward | None:
+    """A causal language model: in training its loss is computed with the head, and the logits are never all there."""
+    head, body = module._modules.get("lm_head"), getattr(module, "model", None)
+    if head is None or body is None or not _plain_loss(module) or hasattr(module.config, "router_aux_loss_coef"):
+        return None
+    plain = type(module).forward
+    cap = getattr(module.config, "final_logit_softcapping", None)
+
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        kept = {"labels": labels, "logits_to_keep": logits_to_keep}
+        if labels is None or not self.training or not _bare_head(self.lm_head) or not _known(kwargs):
+            return plain(self, *args, **kept, **kwargs)
+        loss_arguments = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
+        outputs = self.model(*args, **{**kwargs, "return_dict": True})
+        hidden = outputs[0]
+        if isinstance(logits_to_keep, int):
+            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        else:
+            hidden = hidden[:, logits_to_keep]
+        loss = head_loss(hidden, self.lm_head, labels, cap=cap, **loss_arguments)
+        return _answer(loss, outputs)
+
+    return marked(forward)
+
+
+def _known(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("return_dict", True) is not False
+
+
+def _bare_head(head: nn.Module) -> bool:
+    return type(head) is nn.Linear and bare(head) is head and not head._forward_hooks and not head._forward_pre_hooks
+
+
+def _plain_loss(module: nn.Module) -> bool:
+    return getattr(getattr(module, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
+
+
+def head_loss(
+    hidden: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    cap: float | None = None,
+) -> Tensor:
+    """The causal loss of hidden states `[rows, tokens, features]`, as transformers' own is of their logits."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    targets = shift_labels.reshape(-1).to(hidden.device)
+    total = HeadLoss.apply(hidden.flatten(0, -2), head.weight, head.bias, targets, cap or 0.0)
+    counted = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+    return cast(Tensor, total) / counted
+
+
+def _answer(loss: Tensor, outputs: Any) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    caches = {
+        n: outputs.get(n)
+        for n in ("cache", "past_key_values")
+        if n in inspect.signature(CausalLMOutputWithPast).parameters
+    }
+    return CausalLMOutputWithPast(
+        loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions"), **caches
+    )
+
+
+FUSIONS: dict[str, Callable[[nn.Module], Forward | None]] = {
+    "norms": norm,
+    "gated products": gated,
+    "rotations": rotation,
+    "heads": headed,
+}
+
+
+def described(model: nn.Module) -> Iterator[str]:
+    """What was done, a line each."""
+    done = optimised(model)
+    if done is not None:
+        yield from (f"{count} {what}" for what, count in done.replaced.items())
+        yield from done.left
