@@ -25,7 +25,8 @@ UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model")}
 OPTIONAL = {
     "methods.adamss": {"sklearn"}, "methods.prompts.prompt_tuning": {"transformers"}, "weights.bnb": {"bitsandbytes"},
     "weights.aqlm": {"numba"}, "weights.compressed": {"compressed_tensors"}, "weights.hqq": {"hqq"},
-    "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"},
+    "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"}, "kernels.dropped_triton": {"triton"},
+    "kernels.head_loss_triton": {"triton"},
 }  # fmt: skip
 """What a part needs beside torch for some of what it does, imported as that is used."""
 

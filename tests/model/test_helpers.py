@@ -131,8 +131,13 @@ class Watch(nn.Module):
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    real = dora.row_norm
-    monkeypatch.setattr(dora, "row_norm", lambda W: (calls.append(1), real(W))[1])
+
+    def count(name: str) -> None:
+        real = getattr(dora, name)
+        monkeypatch.setattr(dora, name, lambda *args: (calls.append(1), real(*args))[1])
+
+    count("row_norm")
+    count("row_norms")
     return calls
 
 

@@ -74,7 +74,11 @@ class View:
     casts: bool = True
 
     def __init__(self, config: PeftConfig, site: Site, dtype: torch.dtype, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
+        if torch.compiler.is_compiling():  # some compilers cannot follow the shorter way
+            for name, value in values.items():
+                setattr(self, name, value)
+        else:
+            self.__dict__.update(values)
         self.config = config
         self.site = site
         self.dtype = dtype

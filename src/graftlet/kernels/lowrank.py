@@ -234,6 +234,7 @@ class _Last(threading.local):
             return self.meeting, self.met
         made = Meeting(x.shape)
         met = _apply_meet(x, made) if x.requires_grad else x
+        self.source = None  # what stood there may go as it is replaced, and says so
         self.meeting, self.met, self.version = made, met, version
         self.source = weakref.ref(x, self.forget)
         return made, met

@@ -111,9 +111,10 @@ class LoRA(Delta):
         return y * p.scaling
 
     def thin(self, p: View) -> Thin | None:
-        if not p.site.linear or p.lora_bias or isinstance(p.scaling, Tensor):
-            return None
         dropout = p.lora_dropout
+        known = isinstance(dropout, (nn.Identity, nn.Dropout))
+        if not (p.site.linear and known) or p.lora_bias or isinstance(p.scaling, Tensor):
+            return None
         rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return Thin(p.lora_A, p.lora_B, p.scaling, rate)
 

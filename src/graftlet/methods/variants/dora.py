@@ -17,8 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ...core.group import Group
 from ...core.kernel import kernels
 from ...core.method import Rewrite, Spec, Stage, View, Weights
-from ...kernels.gained import gained, row_norms
 from ...weights.site import Conv, Site
+from ..parts.gained import gained, row_norms
 from . import Wrapper, variant
 
 MAGNITUDE = "lora_magnitude_vector.weight"
