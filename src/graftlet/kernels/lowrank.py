@@ -202,7 +202,7 @@ class _Meet(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, meeting: Meeting) -> Tensor:
         ctx.meeting = meeting
         ctx.set_materialize_grads(False)
-        return x.view_as(x)
+        return x.detach()  # no view, which would hold its base for ever
 
     @staticmethod
     @once_differentiable

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels are equal to the plain way: in values, in gradients, and in what they leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from graftlet import LoraConfig, get_peft_model, optimised, optimize_model, restore_model
+from graftlet.core import kernel
+from graftlet.kernels import head_loss, lowrank, recipe
+from graftlet.methods.parts.gained import gained, row_norms
+from graftlet.model import optimised as fusions
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+IDS = torch.arange(14).reshape(2, 7) * 4
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Turns kernels off, until the test ends."""
+
+    def off() -> None:
+        monkeypatch.setenv(kernel.SWITCH, "0")
+        kernel.kernels.cache_clear()
+
+    yield off
+    monkeypatch.undo()
+    kernel.kernels.cache_clear()
+
+
+def model(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, attention_bias=True)).to(dtype)
+    made = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": "all-linear", **options}))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return made.train()
+
+
+def gradients(made: Any) -> tuple[float, dict[str, Tensor]]:
+    made.zero_grad()
+    loss = made(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "r": 3}, {"use_dora": True}], ids=["lora", "odd", "dora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_the_plain_ones(options: dict, dtype: torch.dtype, plainly: Callable[[], None]) -> None:
+    made = model(dtype, **options)
+    fast = gradients(made)
+    plainly()
+    loss, wanted = gradients(made)
+    bound = 2e-5 if dtype == torch.float32 else 6e-2
+    assert abs(fast[0] - loss) < bound
+    assert fast[1].keys() == wanted.keys()
+    for name, grad in wanted.items():
+        assert (fast[1][name] - grad).norm() <= bound * grad.norm(), name
+
+
+def test_it_serves_all_layers_of_a_plain_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    real = lowrank.forward
+
+    def spy(*args: Any) -> Any:
+        served.append(real(*args) is not None)
+        return real(*args)
+
+    monkeypatch.setattr(lowrank, "forward", spy)
+    kernel.kernels.cache_clear()
+    model()(input_ids=IDS)
+    kernel.kernels.cache_clear()
+    assert served == [True] * 14
+
+
+def test_layers_with_one_input_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    real = lowrank.Meeting.gradient
+    monkeypatch.setattr(lowrank.Meeting, "gradient", lambda self: (sums.append(len(self.parts)), real(self))[1])
+    made = model()
+    made.enable_input_require_grads()
+    for _ in range(2):
+        gradients(made)
+    assert sums == [1, 2, 1, 3] * 4  # down; gate and up; o; q, k and v: of each layer, from the last
+
+
+def test_nothing_is_held_that_nobody_else_holds() -> None:
+    made = model()
+    gradients(made)
+    assert lowrank._last.met is None
+    assert lowrank._last.meeting is None
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def hooked() -> nn.Linear:
+    layer = nn.Linear(6, 5)
+    layer.register_forward_hook(lambda module, args, output: 3 * output)
+    return layer
+
+
+def bound() -> nn.Linear:
+    layer = nn.Linear(6, 5)
+    layer.forward = lambda input: torch.zeros(len(input), 5)  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(6, 5), hooked, bound], ids=["subclass", "hook", "bound"])
+def test_what_is_more_than_a_product_stays_so(make: Callable[[], nn.Linear]) -> None:
+    layer, x = make(), torch.randn(3, 6)
+    before = layer(x)
+    made = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"]))
+    torch.testing.assert_close(made(x), before)
+
+
+def test_a_weight_that_learns_gets_its_gradient() -> None:
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"]))
+    weight = made.base_model.model[0].base_layer.weight.requires_grad_()
+    made(torch.randn(3, 6)).sum().backward()
+    assert weight.grad is not None
+
+
+def test_dropout_drops_for_the_adapter_alone() -> None:
+    torch.manual_seed(0)
+    made = get_peft_model(nn.Sequential(nn.Linear(400, 5)), LoraConfig(target_modules=["0"], lora_dropout=0.5))
+    layer, x = made.base_model.model[0], torch.randn(3, 400)
+    base = layer.base_layer(x)
+    torch.testing.assert_close(made.train()(x), base)  # B is zero: the product itself sees all
+    nn.init.ones_(layer.lora_B["default"].weight)
+    first, second = made(x), made(x)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(made.eval()(x), made(x))
+
+
+def test_a_tensor_that_is_made_again_is_not_kept() -> None:
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"]))
+    nn.init.ones_(made.base_model.model[0].lora_B["default"].weight)
+    parts = torch.randn(3, 6, requires_grad=True)
+    again = []
+    x = recipe.noted(parts * 2, lambda part: again.append(1) or part * 2, parts)
+    made(x).sum().backward()
+    A = made.base_model.model[0].lora_A["default"].weight
+    found, A.grad = A.grad, None
+    made((parts * 2).detach()).sum().backward()
+    assert again == [1]
+    torch.testing.assert_close(found, A.grad)
+
+
+@pytest.mark.parametrize("cap", [0.0, 5.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_heads_loss_is_cross_entropy(cap: float, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "ROWS", 7)
+    torch.manual_seed(0)
+    hidden, W = torch.randn(20, 16, requires_grad=True), torch.randn(50, 16)
+    b = torch.randn(50) if bias else None
+    targets = torch.randint(0, 50, (20,))
+    targets[3] = head_loss.IGNORED
+    (0.5 * head_loss.HeadLoss.apply(hidden, W, b, targets, cap)).backward()
+    found, hidden.grad = hidden.grad, None
+    logits = F.linear(hidden, W, b)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    (0.5 * F.cross_entropy(logits, targets, reduction="sum")).backward()
+    torch.testing.assert_close(found, hidden.grad)
+
+
+def test_row_norms_are_those_of_the_sum() -> None:
+    W, A, B = torch.randn(7, 9), torch.randn(3, 9), torch.randn(7, 3)
+    for _ in range(2):
+        torch.testing.assert_close(row_norms(W, A, B, 0.7), (W + 0.7 * B @ A).norm(dim=1))
+        W += 1  # in place: what was kept of it is not true any more
+
+
+def test_a_gain_is_a_product() -> None:
+    z, gain, b = torch.randn(2, 3, 5, requires_grad=True), torch.rand(5, requires_grad=True), torch.randn(5)
+    weights = torch.randn(2, 3, 5)
+    wanted = torch.autograd.grad((((z - b) * gain + b) * weights).sum(), (z, gain))
+    # the bias is part of z, and no gain is on it
+    found = torch.autograd.grad((gained(z, gain, b) * weights).sum(), (z, gain))
+    torch.testing.assert_close(found, wanted)
+
+
+# the base's own operations
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config), (GemmaForCausalLM, GemmaConfig)],
+)
+def test_a_gated_product_is_known_by_what_it_does(kind: Any, config: Any) -> None:
+    mlp = kind(config(**SIZES, **HEADS, head_dim=8)).model.layers[0].mlp
+    assert fusions._wired(type(mlp), mlp.act_fn)
+
+    class Other(type(mlp)):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+    assert not fusions._wired(Other, mlp.act_fn)
+
+
+def test_an_attention_keeps_all_but_its_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)).model.layers[0].self_attn
+    called = []
+
+    def fused(plain: Any, device: Any) -> Any:
+        return lambda *args, **kwargs: called.append(1) or plain(*args, **kwargs)
+
+    monkeypatch.setattr(fusions, "_rotation_of", fused)
+    forward = fusions.rotation(attention)
+    assert forward is not None
+    x, turns = torch.randn(1, 3, 32), (torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
+    wanted = attention(x, position_embeddings=turns, attention_mask=None)[0]
+    assert called == []
+    torch.testing.assert_close(forward(attention, x, position_embeddings=turns, attention_mask=None)[0], wanted)
+    assert called == [1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_without_cuda_a_model_stays_as_it_is_and_says_why() -> None:
+    made = model()
+    assert optimize_model(made) is made
+    found = optimised(made)
+    assert found is not None
+    assert not found.replaced
+    assert "CUDA" in str(found)
+    assert restore_model(made) is made
+    assert optimised(made) is None
