@@ -480,6 +480,10 @@ class AdaptedLayer(Scales, Boxes):
             return self.site.canonical(leader.site.kept(W)), self.original()[1]
         return self._stages(names, Base(self, pure=True)).weight()
 
+    def leaders(self, name: str) -> list[AdaptedLayer]:
+        """The layer whose tensors and weight an adapter's are here, where there is one."""
+        return self._leaders.get(name, [])
+
     def _leader(self, names: list[str]) -> AdaptedLayer | None:
         """The layer that shares this one's weight and holds all of these adapters; None where there is none."""
         leaders = [self._leaders.get(n, [None])[0] for n in names]
