@@ -22,8 +22,12 @@ SHARED_BY_METHODS = ("variants", "init", "data", "prompts", "parts", "allocation
 UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model")}
 """On one floor, who may import whom."""
 
-OPTIONAL = {"methods.adamss": {"sklearn"}, "methods.prompts.prompt_tuning": {"transformers"}}
-"""What a method needs beside torch for a part of what it does, imported as that is used."""
+OPTIONAL = {
+    "methods.adamss": {"sklearn"}, "methods.prompts.prompt_tuning": {"transformers"}, "weights.bnb": {"bitsandbytes"},
+    "weights.aqlm": {"numba"}, "weights.compressed": {"compressed_tensors"}, "weights.hqq": {"hqq"},
+    "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"},
+}  # fmt: skip
+"""What a part needs beside torch for some of what it does, imported as that is used."""
 
 
 def modules() -> dict[str, Path]:

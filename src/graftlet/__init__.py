@@ -80,11 +80,19 @@ _HOMES = {
     "model.save": "get_peft_model_state_dict set_peft_model_state_dict load_peft_weights",
     "model.kv_prefix": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
     "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
+    "model.tables": "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value "
+    "AdaLoraModel AdamssModel AdaptionPromptModel BOFTModel BeftModel C3AModel DeftModel DeloraModel "
+    "FourierFTModel FrodModel GloraModel GraloraModel HRAModel HiraModel IA3Model LNTuningModel LilyModel "
+    "LoHaModel LoKrModel LoraModel MissModel OFTModel OSFModel PeanutModel PolyModel PsoftModel "
+    "PveraModel RandLoraModel RoadModel ShadowModel ShiraModel SupertuningModel TinyLoraModel "
+    "TrainableTokensModel UniLoraModel VBLoRAModel VeraModel WaveFTModel XLoraModel",
+    "model.base_state": "get_base_model_state_dict set_base_model_state_dict",
     "model.parts": "shift_tokens_right",
     "model.arrow": "create_arrow_model",
     "serve.cache": "AdapterCache AdapterPool",
     "model.prepare": "prepare_model_for_kbit_training cast_mixed_precision_params",
-    "model.status": "get_layer_status get_model_status",
+    "model.status": "get_layer_status get_model_status merge_errors",
     "model.kappa": "find_kappa_target_modules",
     "model.loftq": "replace_lora_weights_loftq",
     "serve.convert": "convert_to_lora save_as_lora",

@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, get_args, get_o
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, warn
+from . import limits
+from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, shown, warn
 from .files import find_file, write_atomically
+from .pair import read_config
 from .registry import lookup
+from .tensorfile import once
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
 """The reference version whose file format is written; it stands in the file as `peft_version`."""
-MAX_CONFIG_BYTES = 10 * 1024 * 1024
 
 
 class TaskType(str, enum.Enum):
@@ -304,15 +306,16 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most `MAX_CONFIG_BYTES`; `AdapterFileError` names the file otherwise."""
+    """The JSON object in a file of at most `limits.MAX_CONFIG_BYTES`; `AdapterFileError` names the file otherwise."""
+    return parsed(read_config(path), path)
+
+
+def parsed(text: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that the text of a file is. Raises `AdapterFileError`, which names the file."""
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterFileError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; no adapter config is.")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"{path} cannot be read as JSON: {error or type(error).__name__}.") from error
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} cannot be read as JSON: {str(error) or type(error).__name__}.") from error
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} holds a JSON {type(values).__name__}; an object of config fields is needed.")
     return values
@@ -346,10 +349,18 @@ def _task_type(value: object) -> TaskType:
         return TaskType(value)
     except ValueError:
         allowed = [t.value for t in TaskType]
-        raise ConfigError(f"task_type={value!r}{nearest(str(value), allowed)} Allowed: {listing(allowed)}.") from None
+        raise ConfigError(
+            f"task_type={shown(value)}{nearest(str(value), allowed)} Allowed: {listing(allowed)}."
+        ) from None
 
 
 def _check_targets(config: PeftConfig) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, dict) and len(value) > limits.MAX_PATTERN_ENTRIES:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} has {len(value):,} entries; at most {limits.MAX_PATTERN_ENTRIES:,} are "
+                "read. If they are meant, raise graftlet.limits.MAX_PATTERN_ENTRIES."
+            )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError("layers_pattern is given without layers_to_transform; it has no effect alone.")
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
@@ -368,12 +379,33 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _check_field(config: PeftConfig, name: str) -> None:
     hint, value = _hints(type(config))[name], getattr(config, name)
-    if isinstance(value, dict) and (made := _dataclass_in(hint)) is not None and value:
-        value = made(**value)  # a nested config as it comes out of JSON
+    made = _dataclass_in(hint) if isinstance(value, dict) else None
+    if made is not None and (value or not conforms(value, hint)):
+        value = _nested(made, value, f"{type(config).__name__}.{name}")
         setattr(config, name, value)
     if not conforms(value, hint):
-        shown = str(hint).replace("typing.", "").replace("graftlet.config.", "")
-        raise ConfigError(f"{type(config).__name__}.{name}={value!r} is a {type(value).__name__}; allowed: {shown}.")
+        allowed = str(hint).replace("typing.", "").replace("graftlet.config.", "")
+        raise ConfigError(
+            f"{type(config).__name__}.{name}={shown(value)} is a {type(value).__name__}; allowed: {allowed}."
+        )
+
+
+def _nested(made: type, values: dict[str, Any], where: str) -> Any:
+    """A config inside another. Raises `ConfigError` for fields that it has not, and for wrong types and values."""
+    known = {f.name for f in fields(made)}
+    if unknown := sorted(str(key) for key in values if key not in known):
+        raise ConfigError(
+            f"{where} has no field {shown(unknown[0])}{nearest(unknown[0], known)} Fields: {listing(known)}."
+        )
+    for key, value in values.items():
+        if not conforms(value, _hints(made)[key]):
+            raise ConfigError(f"{where}: {key}={shown(value)} is a {type(value).__name__}; that is not allowed there.")
+    try:
+        return made(**values)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where}={shown(values)}: {error}") from error
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -67,6 +67,18 @@ class AdapterFileError(PeftError, RuntimeError):
     code = "adapter-file"
 
 
+class BaseMismatchError(PeftError):
+    """An adapter is put on another base model than the one it was saved with, and that was to be verified."""
+
+    code = "base-mismatch"
+
+
+class BusyError(PeftError):
+    """A model is changed while a call of it, or another change, is in progress on another thread."""
+
+    code = "model-busy"
+
+
 class MergeError(PeftError):
     """A merge that cannot be done; the weights are as they were."""
 
@@ -113,6 +125,12 @@ class BaseMismatchWarning(PeftWarning):
     code = "base-mismatch"
 
 
+class MixedFilesWarning(PeftWarning):
+    """An adapter's config and weights are not of the same save."""
+
+    code = "files-mixed"
+
+
 class KeysWarning(PeftWarning):
     """A lenient load left tensors out."""
 
@@ -123,6 +141,12 @@ class MergeWarning(PeftWarning):
     """A merge or unmerge that does nothing, or has a side effect."""
 
     code = "merge-state"
+
+
+class RoundingWarning(PeftWarning):
+    """Merging into quantised layers rounds the merged weights."""
+
+    code = "merge-rounded"
 
 
 class ConversionWarning(PeftWarning):
@@ -180,13 +204,22 @@ def warn(category: type[GraftletWarning], message: str, stacklevel: int = 3) -> 
 
 def nearest(word: str, allowed: Iterable[str], count: int = 3) -> str:
     """`, did you mean ...?` with the allowed words most like `word`; empty where none is near."""
-    close = difflib.get_close_matches(word, list(allowed), n=count, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], list(allowed)[:10_000], n=count, cutoff=0.5)
     return f", did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value as it would be written, cut where it is long."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deeply"
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def listing(items: Iterable[object], limit: int = 8) -> str:
     """The first items, comma-separated, and how many more there are."""
-    words = [str(i) for i in items]
+    words = [str(i) if len(str(i)) <= 300 else f"{str(i)[:300]}..." for i in items]
     more = f" and {len(words) - limit} more" if len(words) > limit else ""
     return ", ".join(words[:limit]) + more
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import UnknownMethodError, listing, nearest
+from .errors import ConfigError, UnknownMethodError, listing, nearest, shown
 
 T = TypeVar("T", bound=type)
 
@@ -56,17 +56,26 @@ def method(
 ) -> Callable[[T], T]:
     """Register the decorated class as the method `name`, configured by `config`.
 
-    The first line of the module's docstring is the method's one-line summary in every generated table.
+    The first line of the module's docstring is the method's one-line summary in every generated table. A name that another
+    class has raises `ConfigError`; a class may be defined anew.
     """
 
     def register(cls: T) -> T:
         key = name.upper()
+        if not cls.__module__.startswith(f"{__package__}."):
+            _load()  # the names of the package are taken, whether or not anybody has asked for them yet
+        if (held := _table.get(key)) is not None and _place(held.method) != _place(cls):
+            raise ConfigError(f"the method name {name!r} is taken, by {'.'.join(_place(held.method))}; choose another.")
         doc = (importlib.import_module(cls.__module__).__doc__ or cls.__doc__ or key).strip().splitlines()[0]
         _table[key] = Entry(key, config, cls, sites, prefix or f"{name.lower()}_", doc)
         config.peft_type_name = key
         return cls
 
     return register
+
+
+def _place(cls: type) -> tuple[str, str]:
+    return cls.__module__, cls.__qualname__
 
 
 @functools.cache
@@ -101,6 +110,6 @@ def lookup(name: object) -> Entry:
         _load()
     if key not in _table:
         raise UnknownMethodError(
-            f"unknown method peft_type={key!r}{nearest(key, _table)} Known: {listing(sorted(_table), 60)}."
+            f"unknown method peft_type={shown(key)}{nearest(key, _table)} Known: {listing(sorted(_table), 60)}."
         )
     return _table[key]

@@ -30,6 +30,7 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
         "kasa": {"r": 4, "kasa_config": KasaConfig(beta=0.1, gamma=0.2)},
         "bdlora-a": {"r": 4, "use_bdlora": BdLoraConfig(target_modules_bd_a=["l"], nblocks=2)},
         "bdlora-b": {"r": 4, "use_bdlora": BdLoraConfig(target_modules_bd_b=["l"], nblocks=2)},
+        "qalora": {"r": 4, "use_qalora": True, "qalora_group_size": 4},
         "velora": {"r": 4, "velora_config": VeloraConfig(num_groups=3)},
         "velora-random": {"r": 4, "lora_bias": True, "velora_config": VeloraConfig(num_groups=4, init_type="random")},
         "monteclora": {"r": 4, "monteclora_config": MontecloraConfig(num_samples=3, use_entropy=True)},
@@ -155,7 +156,7 @@ _NOT_LINEAR = _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE
 
 REFUSED = {
     ("LORA", "alora"): _CONVOLUTIONS | _EMBEDDINGS | _OPAQUE,
-    **{("LORA", name): _NOT_LINEAR for name in ("kasa", "bdlora-a", "bdlora-b", "velora", "monteclora")},
+    **{("LORA", name): _NOT_LINEAR for name in ("kasa", "bdlora-a", "bdlora-b", "velora", "monteclora", "qalora")},
     ("LORA", "velora-random"): _NOT_LINEAR | {"no-bias"},
     ("LORA", "mica"): _CONVOLUTIONS | _OPAQUE,
     ("LORA", "olora"): _CONVOLUTIONS | _OPAQUE,

@@ -54,7 +54,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def edited(folder: Path, **fields: Any) -> Path:
+    """Other settings for the same tensors, without what tells that they are not of one save."""
     path = folder / CONFIG
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     return folder
 

@@ -144,6 +144,20 @@ def test_eva_takes_any_data_shows_it_and_goes_on_where_it_was(tmp_path: Path, ca
         torch.testing.assert_close(restored[key], tensor)
 
 
+def test_eva_ends_though_a_direction_turns_for_ever() -> None:
+    class Counted(list):
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            return super().__iter__()
+
+    data = Counted(LEARN)
+    never = eva_config(eva_config=lora.EvaConfig(tau=1.0))
+    assert lora.get_eva_state_dict(llama(), data, never, show_progress_bar=False)
+    assert data.passes == 4
+
+
 def test_evas_ranks_come_before_the_patterns_that_were_given() -> None:
     model = graftlet.get_peft_model(llama(), eva_config(rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 5}))
     found = lora.get_eva_state_dict(model, LEARN, show_progress_bar=False)

@@ -146,6 +146,19 @@ def test_bad_data(tmp_path: Path, text: str, values: dict[str, Any], said: str) 
     assert said in str(caught.value)
 
 
+def test_a_package_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "a_package" / "data"
+    inside.mkdir(parents=True)
+    (tmp_path / "a_package" / "__init__.py").write_text("raise RuntimeError('a package is not to be imported')")
+    (inside / "rows.csv").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("a-package", "a_package"):
+        assert package_files(f"package:{name}:a_package/data/rows.csv") == [inside / "rows.csv"]
+        assert package_files(f"package:{name}", "*.csv") == [inside / "rows.csv"]
+    with pytest.raises(ConfigError, match="has no file"):
+        package_files("package:a-package:a_package/data/columns.csv")
+
+
 def test_sources(tmp_path: Path) -> None:
     (found,) = package_files("package:pytest:pytest/__init__.py")
     assert found.is_file()

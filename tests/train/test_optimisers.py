@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ from graftlet.errors import ConfigError
 from graftlet.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
 from graftlet.testing.benches import perturb
 from graftlet.train.optimisers import optimiser_class
+from graftlet.train.optimisers.lorafa import corrected
 from graftlet.train.recipe import check
 from graftlet.train.run import train
 from tests.model.models import IDS, llama
 
 from . import tiny
 
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+EIGHT = {"base": "AdamW8bit", "min_8bit_size": 16}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dora": {"use_dora": True},
@@ -107,7 +111,7 @@ def test_lorafa_moves_the_weight_as_near_to_full_training_as_it_can() -> None:
     layer.base_layer.weight.requires_grad_(True)
     ours(input_ids=IDS, labels=IDS).loss.backward()
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    moved = layer.scaling["default"] * optimizer._corrected(B) @ A
+    moved = layer.scaling["default"] * corrected(optimizer.factors[id(B)]) @ A
     full = layer.base_layer.weight.grad
     onto = A.T @ torch.linalg.solve(A @ A.T, A)
     torch.testing.assert_close(moved, full @ onto, atol=1e-5, rtol=1e-3)
@@ -123,6 +127,52 @@ def test_lorafas_state_survives_a_checkpoint() -> None:
     second = create_lorafa_optimizer(again, lr=1e-2)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     compare(whole, stepped(again, lambda _: second, 2))
+
+
+MAKES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "loraplus": lambda m, kind, **k: create_loraplus_optimizer(m, kind, lr=1e-2, loraplus_lr_ratio=4.0, **k),
+    "lorafa": lambda m, kind, **k: create_lorafa_optimizer(m, lr=1e-2, optimizer_cls=kind, **k),
+    "riemannian": lambda m, kind, **k: create_riemannian_optimizer(m, kind, lr=1e-2, **k),
+}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", MAKES)
+def test_eight_bits_of_state_are_enough(name: str) -> None:
+    """The same way as AdamW's, with a state of bytes; embeddings keep theirs in single precision."""
+    import bitsandbytes
+
+    kind: Any = bitsandbytes.optim.AdamW8bit
+    eight = {"min_8bit_size": 16, "weight_decay": 0.0}
+    _, first = pair(target_modules=["embed_tokens", "q_proj", "down_proj"])
+    second, start = copy.deepcopy(first), {n: p.detach().clone() for n, p in first.named_parameters()}
+    made: list[Any] = []
+
+    def make(model: Any) -> torch.optim.Optimizer:
+        made.append(MAKES[name](model, kind, **eight))
+        return made[0]
+
+    coarse = stepped(first, make)
+    exact = stepped(second, lambda m: MAKES[name](m, torch.optim.AdamW, weight_decay=0.0))
+    for key, tensor in exact.items():
+        move, wanted = coarse[key] - start[key], tensor - start[key]
+        assert (wanted.norm() > 0) == (move.norm() > 0), key
+        if wanted.norm():
+            assert torch.cosine_similarity(move.flatten(), wanted.flatten(), 0) > 0.9, key
+    states = {n: made[0].state[p] for n, p in first.named_parameters() if p in made[0].state}
+    assert {s["state1"].dtype for n, s in states.items() if "lora_B.default.weight" in n} == {torch.uint8}
+
+
+def test_lorafa_with_a_class_of_its_own_takes_that_classes_steps() -> None:
+    _, ours = pair()
+    again = copy.deepcopy(ours)
+    optimizer = create_lorafa_optimizer(again, lr=1e-2)
+    again(input_ids=IDS, labels=IDS).loss.backward()
+    wanted = {id(p.B): p.B.detach() - 1e-2 * corrected(p) for p in optimizer.factors.values()}  # type: ignore[attr-defined]
+    names = {id(p): n for n, p in again.named_parameters()}
+    moved = stepped(ours, lambda m: create_lorafa_optimizer(m, lr=1e-2, optimizer_cls=torch.optim.SGD), 1)
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(moved[names[key]], tensor)
 
 
 def test_what_does_not_go_is_refused() -> None:
@@ -153,7 +203,16 @@ def test_what_does_not_go_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("loraplus", {"ratio": 8.0}), ("lorafa", {}), ("riemannian", {"reg": 0.1, "base": "SGD"}), ("adafactor", {})],
+    [
+        ("loraplus", {"ratio": 8.0}),
+        ("lorafa", {}),
+        ("lorafa", {"base": "SGD", "momentum": 0.9}),
+        ("riemannian", {"reg": 0.1, "base": "SGD"}),
+        ("adafactor", {}),
+        pytest.param("loraplus", EIGHT, marks=needs_bitsandbytes),
+        pytest.param("lorafa", EIGHT, marks=needs_bitsandbytes),
+        pytest.param("riemannian", EIGHT, marks=needs_bitsandbytes),
+    ],
 )
 def test_a_recipe_names_its_optimiser(base: Path, tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     data = tiny.write_jsonl(tmp_path / "d.jsonl", tiny.rows())
@@ -175,7 +234,7 @@ def test_a_recipe_names_its_optimiser(base: Path, tmp_path: Path, name: str, opt
         ({"optimizer": "lorapluss"}, "did you mean 'loraplus'"),
         ({"optimizer": "adamw_torch", "optimizer_options": {"ratio": 2}}, "optim_args"),
         ({"optimizer": "loraplus", "optimizer_options": {"rato": 2}}, "rato"),
-        ({"optimizer": "lorafa", "optimizer_options": {"ratio": 2}}, "takes no options"),
+        ({"optimizer": "lorafa", "optimizer_options": {"ratio": 2}}, "ratio"),
     ],
 )
 def test_a_recipes_wrong_optimiser_is_named(base: Path, tmp_path: Path, training: dict[str, Any], said: str) -> None:

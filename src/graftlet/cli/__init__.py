@@ -183,6 +183,17 @@ def inspect(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder with an adapter.")],
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Say what a folder contains and whether it would load. Nothing in it is run or loaded, and torch is not needed."""
+    from . import _verify
+
+    _verify.show(folder, json)
+
+
+@app.command()
 def convert(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder for the LoRA adapter.")],

@@ -204,7 +204,7 @@ def started(method: Block, block: nn.Module, config: Any, model: nn.Module, meta
     """An adapter's tensors for a block, started unless they are on meta."""
     specs = method.params(block, config, model)
     like = next(p for p in block.parameters() if p.is_floating_point())
-    device, dtype = "meta" if meta else like.device, adapter_dtype(like, widen and method.boxed)
+    device, dtype = "meta" if meta else like.device, adapter_dtype(like.dtype, widen and method.boxed)
     tensors = {n: torch.empty(s.shape, dtype=s.dtype or dtype, device=device) for n, s in specs.items()}
     if not meta:
         method.init(tensors, config)

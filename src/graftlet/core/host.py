@@ -172,6 +172,9 @@ class AdapterHost(Weighted):
         """Put a tensor of the file into its place, in the place's dtype and on the layer's device."""
         raise NotImplementedError
 
+    def check_loaded(self, name: str) -> None:
+        """Raise `AdapterFileError` where an adapter's tensors, just loaded, hold what they must not."""
+
     def part(self, shared: set[int]) -> None:
         """Stop sharing a weight (one of these tensors, by id) with other layers, before it is written."""
 
@@ -320,14 +323,17 @@ COMPILED = "_orig_mod"
 """Where `torch.compile` keeps the module that it wraps."""
 
 
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+"""Names that some systems keep for devices."""
+
+
 def check_name(name: object, taken: list[str]) -> str:
     """An adapter name that can be a key and a folder, and is free; `AdapterNameError` with the nearest usable one."""
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"adapter name {name!r}: a non-empty string is needed.")
-    bad = sorted({c for c in name if c in './\\:*?"<>|' or ord(c) < 32})
-    if bad or len(name) > 100:
-        usable = "".join("_" if c in bad else c for c in name)[:100].strip("_ ") or "default"
-        why = f"has {listing(map(repr, bad))}" if bad else "is longer than 100 characters"
+    if why := _unusable(name):
+        usable = "".join("_" if _bad(c) else c for c in name)[:60].strip("_ ") or "default"
+        usable = f"{usable}_" if usable.casefold() in DEVICES else usable
         raise AdapterNameError(
             f"adapter name {name[:120]!r} {why} and could not be a folder and a key; use {usable!r}."
         )
@@ -336,6 +342,21 @@ def check_name(name: object, taken: list[str]) -> str:
     if name in taken:
         raise AdapterNameError(f"adapter {name!r} exists already; delete it first, or choose another name.")
     return name
+
+
+def _bad(letter: str) -> bool:
+    return letter in './\\:*?"<>|' or ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000
+
+
+def _unusable(name: str) -> str:
+    """Why a name could be no folder somewhere; empty where it could."""
+    if bad := sorted({c for c in name if _bad(c)}):
+        return f"has {listing(map(repr, bad))}"
+    if len(name) > 100 or len(name.encode()) > 200:
+        return "is longer than 100 characters, or 200 bytes,"
+    if name != name.strip():
+        return "begins or ends in a space"
+    return "is a device of some systems" if name.casefold() in DEVICES else ""
 
 
 def check_known(names: list[str], known: list[str]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .. import limits
 from ..config import Names, PeftConfig
 from ..errors import ConfigError
 from ..registry import Entry
@@ -70,6 +71,8 @@ class Plan:
         widen: adapters of half-precision layers are kept in single precision. init: run the method's initialisation;
         without it only methods that derive something at load run theirs.
         """
+        if not init:
+            self._check_size()
         self._build_commons(meta and not init, widen)
         memo: dict[int, Tensor] = {}
         for item in self.items:
@@ -83,16 +86,30 @@ class Plan:
             self.networks = block.networks(self.config, self.model)
         return self
 
+    def _check_size(self) -> None:
+        """Raise `ConfigError` where a saved adapter's config asks for absurdly more numbers than its base has."""
+        branches = [(i.branch, i.site) for i in self.items if i.branch is not None and i.site is not None]
+        sites = {branch.key: site for branch, site in branches}
+        wanted = [s.shape for method in self.methods() for s in method.commons(self.config, sites).values()]
+        for branch, site in branches:
+            wanted += [(max(1, site.stack), *spec.shape) for spec in branch.specs.values()]
+        most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(p.numel() for p in self.model.parameters())
+        if (count := sum(map(math.prod, wanted))) > most:
+            raise ConfigError(
+                f"the adapter's config asks for {count:,} numbers, absurdly more than its base has: it is damaged, or made to "
+                "take memory. If it is right, raise graftlet.limits.FREE_ELEMENTS."
+            )
+
     def methods(self) -> list[Method]:
         """One method of each kind among the adapter's layers."""
         return list({type(i.branch.method): i.branch.method for i in self.items if i.branch is not None}.values())
 
     def _build_commons(self, meta: bool, widen: bool) -> None:
         for method, sites, specs in self._sharing():
-            kept = next(iter(sites.values())).weight
-            made = {n: as_held(_empty(s.shape, s, kept, meta, widen), s) for n, s in specs.items()}
+            like = next(iter(sites.values()))
+            made = {n: as_held(_empty(s.shape, s, like, meta, widen), s) for n, s in specs.items()}
             if not meta or any(not s.saved for s in specs.values()):
-                made = {n: as_held(_empty(s.shape, s, kept, False, widen), s) for n, s in specs.items()}
+                made = {n: as_held(_empty(s.shape, s, like, False, widen), s) for n, s in specs.items()}
                 with torch.no_grad():
                     method.init_commons(self.config, made)
             self.commons.update({n: (specs[n], made[n]) for n in specs})
@@ -228,27 +245,26 @@ class Saved(Replace):
 
 def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> None:
     """Allocate a branch's tensors and start them."""
-    kept = site.weight
-    dtype = adapter_dtype(kept, widen)
+    dtype = adapter_dtype(site.dtype, widen)
     run = init or branch.method.derived(branch.config)
     for tensor_name, spec in branch.specs.items():
         shape = branch.method.stacked(tensor_name, spec, site.stack) if site.stack else spec.shape
-        branch.tensors[tensor_name] = as_held(_empty(shape, spec, kept, meta and not run, widen), spec)
-    if run and kept.device.type != "meta":
+        branch.tensors[tensor_name] = as_held(_empty(shape, spec, site, meta and not run, widen), spec)
+    if run and site.device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
 
 
-def _empty(shape: tuple[int, ...], spec: Spec, kept: Tensor, meta: bool, widen: bool) -> Tensor:
-    dtype = spec.dtype or adapter_dtype(kept, widen)
+def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bool) -> Tensor:
+    dtype = spec.dtype or adapter_dtype(like.dtype, widen)
     try:
-        return torch.empty(shape, dtype=dtype, device="meta" if meta else kept.device)
+        return torch.empty(shape, dtype=dtype, device="meta" if meta else like.device)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         size = math.prod(shape) * dtype.itemsize / 2**30
         raise ConfigError(
-            f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {kept.device} has: "
+            f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {like.device} has: "
             "lower the rank, or whatever sets that size."
         ) from error
 

@@ -7,7 +7,6 @@ stage can be called, and can tell its weight: merging writes the last stage's we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,15 +15,17 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
+from ..weights.rounding import note
 from ..weights.site import Site
+from ..weights.storage import MARKS
 from .context import BASE, Call, current, using
-from .group import Group, LastGroup
 from .host import hosts
 from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
 from .replace import Replacement
 from .scales import Scales
 from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, renamed, split
+from .together import Peers, Together
 
 
 @dataclass
@@ -114,29 +115,13 @@ class Adapted:
         return self.before.origin()
 
 
-class Peers(Mapping[str, tuple[Method, View]]):
-    """The adapters of a layer by name, each with its method and its view, which is made when it is asked for."""
-
-    def __init__(self, layer: AdaptedLayer) -> None:
-        self._layer = layer
-
-    def __getitem__(self, name: str) -> tuple[Method, View]:
-        return self._layer.methods[name], self._layer.view(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layer.methods)
-
-    def __len__(self) -> int:
-        return len(self._layer.methods)
-
-
 def widened(W: Tensor, b: Tensor | None) -> Weights:
     """Weights in at least single precision, so that deltas add up before anything is rounded."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     return W.to(dtype), None if b is None else b.to(dtype)
 
 
-class AdaptedLayer(Scales, Boxes):
+class AdaptedLayer(Together, Scales, Boxes):
     """A base layer with adapters on one of its weights.
 
     Tensors stand parameter-major (`self.lora_A["default"]`), settings likewise (`self.scaling["default"]`); a method
@@ -156,7 +141,6 @@ class AdaptedLayer(Scales, Boxes):
         self._trained: dict[str, list[tuple[str, list[str], str]]] = {}  # where what learns stands: box, modules, name
         self.commons: dict[str, dict[str, Common]] = {}
         self._peers = Peers(self)
-        self._last = LastGroup()
         self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
@@ -168,7 +152,7 @@ class AdaptedLayer(Scales, Boxes):
             return super().__getattr__(name)
         except AttributeError:
             modules = self.__dict__.get("_modules") or {}
-            if "base_layer" not in modules:
+            if "base_layer" not in modules or name in MARKS:
                 raise
             masks = self.__dict__["site"].masks
             return masks[name] if name in masks else getattr(modules["base_layer"], name)
@@ -338,10 +322,14 @@ class AdaptedLayer(Scales, Boxes):
             if (spec.disk or tensor_name) == key:
                 held = self.tensor(name, tensor_name)
                 if held.is_meta:
-                    made = as_held(value.to(self.site.weight.device, held.dtype, copy=True), spec)
+                    made = as_held(value.to(self.site.device, held.dtype, copy=True), spec)
                     self.put(name, tensor_name, made.requires_grad_(held.requires_grad), spec)
                 else:
                     held.copy_(value)
+
+    def check_loaded(self, name: str) -> None:
+        if name in self.methods:
+            self.methods[name].check_loaded(self.view(name))
 
     # forward
 
@@ -360,10 +348,10 @@ class AdaptedLayer(Scales, Boxes):
             if not names and not base.pure:
                 return self.base_layer(x, *args, **kwargs)
             W, b = stage.weight()
-            kept = self.site.weight.dtype
+            kept = self.site.dtype
             return self.site.op(x, W.to(kept), b if b is None else b.to(kept), *args, **kwargs)
         y = stage(x)
-        return y.to(base.dtype or (x.dtype if x.is_floating_point() else self.site.weight.dtype))
+        return y.to(base.dtype or (x.dtype if x.is_floating_point() else self.site.dtype))
 
     def _stages(self, names: list[str], stage: Stage) -> Stage:
         for name in names:
@@ -393,57 +381,13 @@ class AdaptedLayer(Scales, Boxes):
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
-    def _together(self, call: Call, groups: list[tuple[str, Tensor]], x: Tensor, whole: Base) -> Tensor | None:
-        """A mixed batch whose adapters are computed all at once; None where their method cannot do that."""
-        names = tuple(name for name, _ in groups if name in self.methods)
-        kinds = {type(self.methods[name]) for name in names}
-        if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
-            return None
-        group = self._group(names, whole) if x.is_floating_point() else None
-        if group is None:
-            return None
-        rows, owner = call.which(names, len(x), x.device)
-        every, y = len(rows) == len(x), whole(x)
-
-        def plain() -> Tensor:
-            own, b = y if every else y.index_select(0, rows), whole.bias()
-            return own if b is None else own - b
-
-        added = group.added(x if every else x.index_select(0, rows), owner, plain)
-        wide = y.to(torch.promote_types(y.dtype, added.dtype))
-        return (wide + added if every else wide.index_add(0, rows, added.to(wide.dtype))).to(y.dtype)
-
-    def _group(self, names: tuple[str, ...], whole: Base) -> Group | None:
-        """Adapters as one computation, kept from call to call while nothing that they are made from has changed."""
-        method = self.methods[names[0]]
-
-        def make() -> Group | None:
-            return method.grouped([self.view(name) for name in names], whole)
-
-        sources: list[Any] = [names, self.training, self.cast_input_dtype_enabled, self.site.weight]
-        for name in names:
-            sources += self._sources(name)
-        return self._last.get(sources, make)
-
-    def _sources(self, name: str) -> Iterator[Any]:
-        """All that an adapter's view is made from."""
-        boxes: dict[str, Any] = self._modules
-        yield self.methods[name]
-        for key in self.settings[name]:
-            yield self.__dict__[key][name] if key in self.__dict__ else boxes[key][name]
-        for _, box, entry, _ in self._reads[name]:
-            held = boxes[box][name]
-            yield held if entry is None else held[entry]
-        for common in self.commons.get(name, {}).values():
-            yield from common.tensors(name).values()
-
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""
         call = current()
         alone = call.alone if call is not None else None
         names = self.acting(call) if alone is None else [alone] if alone in self.methods else []
         W, b = self._stages(names, Base(self, pure=self.pure(call) or alone is not None)).weight()
-        kept = self.site.weight.dtype
+        kept = self.site.dtype
         return self.site.kept(W).to(kept), None if b is None else b.to(kept)
 
     # merging
@@ -505,7 +449,7 @@ class AdaptedLayer(Scales, Boxes):
         if not names:
             return
         self.check_together([*self.merged_adapters, *names])
-        with exactly(self.site.weight.device):
+        with exactly(self.site.device):
             W, b = self.merged_weight([*self.merged_adapters, *names])
         if safe_merge and not (finite(W) and (b is None or finite(b))):
             raise MergeError(f"merging {listing(names)} would write NaN or Inf into the weights; nothing was changed.")
@@ -523,6 +467,7 @@ class AdaptedLayer(Scales, Boxes):
         """Bring back the bits that were there before the first merge."""
         if self.kept is not None:
             self.kept.restore(self.site)
+            note(self.site, None)
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
         self.kept, self.merged_adapters = None, []

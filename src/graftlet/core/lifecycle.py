@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..config import PeftConfig
-from ..errors import MergeError, MergeWarning, listing, warn
+from ..errors import MergeError, MergeWarning, RoundingWarning, listing, warn
+from ..weights.rounding import Rounding, noted
 from .context import choosing
 from .host import AdapterHost, bare, check_known, commons, home_of, hosts, standing
 from .layer import AdaptedLayer
 from .replace import Replacement
+from .target import walk
 from .tensors import Common, Groups
 from .ties import tied
 
@@ -126,6 +128,26 @@ def merge(
     except BaseException:
         _take_back(before)
         raise
+    _tell_rounding(model, [host for host, names in before if host.merged_adapters != names])
+
+
+def _tell_rounding(model: nn.Module, changed: list[AdapterHost]) -> None:
+    """Say what was lost by rounding, where layers that were merged into are quantised."""
+    lost = roundings(model) if any(True for h in changed for _ in noted(bare(h))) else {}
+    if lost:
+        worst = max(lost, key=lambda path: lost[path].change)
+        warn(
+            RoundingWarning,
+            f"{len(lost)} quantised layers were merged into, and rounded. Worst is {worst!r}: off by "
+            f"{lost[worst].weight:.1%} of its weight, which is {lost[worst].change:.0%} of what the adapter changes. "
+            "merge_errors(model) tells all; merge_and_unload(dequantize=True) rounds nothing.",
+            stacklevel=5,
+        )
+
+
+def roundings(model: nn.Module) -> dict[str, Rounding]:
+    """What merging lost in each quantised layer, by the layer's path in the model as it stands."""
+    return {place.path: rounding for place in walk(model) for rounding in noted(place.bare)}
 
 
 def _take_back(before: list[tuple[AdapterHost, list[str]]]) -> None:

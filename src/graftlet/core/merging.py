@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from ..weights.residual import Residual, residual
+from ..weights.rounding import judged, note
 from ..weights.site import Site
 from ..weights.storage import PLAIN
 from .method import Method, View, Weights
@@ -116,17 +117,14 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be."""
     site = layer.site
     if site.storage is not PLAIN:
-        kept = Kept(whole=site.save() if layer.kept is None else _saved(layer))
-    else:
-        W, b = site.read() if layer.kept is None else layer.original()
-        kept = _kept(layer, names, site.kept(W), b, site.kept(merged[0]).to(site.weight.dtype))
+        return _write_packed(layer, merged)
+    W, b = site.read() if layer.kept is None else layer.original()
+    kept = _kept(layer, names, site.kept(W), b, site.kept(merged[0]).to(site.weight.dtype))
+    before = None if type(site.weight) in ORDINARY else site.save()
     site.write(*merged)
+    if before is not None:
+        _judge_special(site, merged, before)
     return kept
-
-
-def _saved(layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
-    W, b = layer.original()
-    return layer.site.kept(W), b
 
 
 def _kept(layer: AdaptedLayer, names: Sequence[str], W: Tensor, b: Tensor | None, merged: Tensor) -> Kept:
@@ -139,6 +137,31 @@ def _kept(layer: AdaptedLayer, names: Sequence[str], W: Tensor, b: Tensor | None
     return Kept(whole=(W.detach().clone(), bias)) if whole else made
 
 
+ORDINARY = (nn.Parameter, Tensor)
+
+
+def _judge_special(site: Site, merged: Weights, saved: tuple[Any, Any]) -> None:
+    """Whether a tensor of a class that nobody here knows took what was written into it."""
+    try:
+        judged(site, merged[0], site.original(saved)[0])
+    except MergeError:
+        site.restore(saved)
+        raise
+
+
+def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:
+    """Where a weight is rounded as it is written: read back, and put back as it was where that is not what was meant."""
+    site, before = layer.site, layer.site.save()
+    kept = Kept(whole=before) if layer.kept is None else layer.kept
+    try:
+        site.write(*merged)
+        note(site, judged(site, merged[0], kept.original(site)[0]))
+    except BaseException:
+        site.restore(before)
+        raise
+    return kept
+
+
 def _steps(layer: AdaptedLayer, names: Sequence[str], copies: bool) -> tuple[Step, ...]:
     return tuple(_step(layer, name, copies) for name in names)
 
@@ -149,7 +172,7 @@ def _step(layer: AdaptedLayer, name: str, copies: bool) -> Step:
     Large adapters are not copied; where one is changed by other ways than the library's while it is merged, the original
     is lost, which is noticed.
     """
-    view = layer.view(name, torch.promote_types(layer.site.weight.dtype, torch.float32))
+    view = layer.view(name, torch.promote_types(layer.site.dtype, torch.float32))
     fixed = {id(layer.tensor(name, t)) for t, spec in layer.specs[name].items() if not spec.trainable}
     held: dict[str, Any] = {"training": False}
     size = 0

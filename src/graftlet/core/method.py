@@ -250,6 +250,9 @@ class Method(Algebra):
         """A file's tensors of a layer, by key, as the layer holds them; a tensor that says nothing is left out."""
         return given
 
+    def check_loaded(self, p: View) -> None:
+        """Raise `AdapterFileError` where the tensors of a layer, just loaded, hold what they must not (`check_places`)."""
+
     # what an adapter does
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:

@@ -20,8 +20,10 @@ from ..errors import (
     nearest,
     warn,
 )
+from ..patterns import allowance
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Embedding, Parameter, Site, site_of
+from ..weights.storage import unusable
 from . import ties
 from .around import Block
 from .host import AdapterHost, Shell, bare
@@ -41,8 +43,12 @@ def plan(model: nn.Module, config: PeftConfig, name: str, root: nn.Module | None
         UnsupportedLayerError: a target is of a kind that the method does not work on.
         ConfigError: a value does not fit a layer.
     """
-    entry = lookup(config.peft_type)
-    made = Plan(model, config, entry, name, model if root is None else root)
+    with allowance():
+        return _planned(Plan(model, config, lookup(config.peft_type), name, model if root is None else root))
+
+
+def _planned(made: Plan) -> Plan:
+    model, config, entry = made.model, made.config, made.entry
     if issubclass(entry.method, (Method, Block)):
         entry.method().complete(config, model)
     found = _found(made) if _has_modules(config) else []
@@ -160,6 +166,7 @@ def _items(place: Place, config: PeftConfig, entry: Entry, model: nn.Module) -> 
     if isinstance(site_of(place.parent), Attention):
         return []  # read by the attention layer rather than called; it is adapted together with that
     if site is None or not isinstance(site, entry.sites):
+        _check_usable(place)
         if isinstance(config.target_modules, str) and any(True for _ in place.bare.children()):
             return []  # a regex that also hits containers means what is inside them
         kinds = ", ".join(s.__name__ for s in entry.sites)
@@ -177,11 +184,18 @@ def _items(place: Place, config: PeftConfig, entry: Entry, model: nn.Module) -> 
     return items
 
 
+def _check_usable(place: Place) -> None:
+    if why := unusable(place.bare):
+        raise UnsupportedLayerError(f"{place.path!r}, a {type(place.bare).__name__}, cannot be adapted: {why}.")
+
+
 def _parameter_items(model: nn.Module, wanted: str, config: PeftConfig, entry: Entry) -> list[Item]:
     if Parameter not in entry.sites:
         raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={wanted!r}).")
     items, seen = [], []
     for place in walk(model):
+        if matches(f"{place.path}.{wanted.rpartition('.')[2]}", [wanted]):
+            _check_usable(place)  # a kernel may keep what it takes otherwise than as parameters
         for parameter in place.bare._parameters:
             path = f"{place.path}.{parameter}"
             seen.append(path)
@@ -214,6 +228,8 @@ def _view(config: PeftConfig, site: Site, key: str, settings: dict[str, Any]) ->
 
 def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
     method: Method = entry.method().pick(site, config, path)
+    if method.reads_weight:
+        site.check_readable(f"{entry.name} on {path!r}")
     settings = method.settings(site, config, path)
     return Branch(method, config, path, settings, method.params(site, _view(config, site, path, settings)))
 

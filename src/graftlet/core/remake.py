@@ -16,7 +16,7 @@ def remake(layer: AdaptedLayer, name: str) -> None:
     settings = method.settings(layer.site, config, key)
     view = View(config, layer.site, torch.float32, {**settings, "key": key})
     branch = Branch(method, config, key, settings, method.params(layer.site, view))
-    widened = layer.view(name).dtype != layer.site.weight.dtype
+    widened = layer.view(name).dtype != layer.site.dtype
     build(branch, layer.site, meta=False, widen=widened, init=True)
     learning = name in layer._learning
     layer.forget(name)

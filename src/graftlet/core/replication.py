@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import limits
 from ..errors import ConfigError, listing
 
 Ranges = Sequence[Sequence[int]]
@@ -40,6 +41,10 @@ def replicate(model: nn.Module, ranges: Ranges | None, adapted: bool) -> bool:
     if not ranges:
         return False
     parent, child, stack = _stack_of(model)
+    if (count := sum(max(0, end - start) for start, end in ranges)) > limits.MAX_BLOCKS:
+        raise ConfigError(
+            f"layer_replication asks for {count:,} blocks; if they are meant, raise graftlet.limits.MAX_BLOCKS."
+        )
     order = [i for start, end in ranges for i in range(start, end)]
     if adapted or "replicated" in vars(stack):
         if "replicated" not in vars(stack) or vars(stack)["replicated"].order != order:

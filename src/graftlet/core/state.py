@@ -143,6 +143,24 @@ def fill(wanted: Mapping[str, Slot], given: Mapping[str, Tensor], adapter: str) 
 
 def check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
     """Raise `AdapterFileError` where a tensor holds NaN or Inf."""
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
-    if bad:
-        raise AdapterFileError(f"{origin} holds NaN or Inf in {len(bad)} tensors: {listing(bad, 4)}; it is damaged.")
+    if bad := unfinite(tensors):
+        raise AdapterFileError(f"{origin} holds {bad[0]}; it is damaged.")
+
+
+def unfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A sentence on the tensors that hold NaN or Inf, if any do."""
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not _widened(t).isfinite().all()]
+    return [f"NaN or Inf in {len(bad)} tensors: {listing(bad, 4)}"] if bad else []
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+
+
+def check_loaded(model: nn.Module, adapter: str, origin: str) -> None:
+    """Raise `AdapterFileError` where a loaded tensor holds what it must not: places that are none, for instance."""
+    for path, host in hosts(model):
+        try:
+            host.check_loaded(adapter)
+        except AdapterFileError as error:
+            raise AdapterFileError(f"{origin}, {path}: {error.args[0]}") from None

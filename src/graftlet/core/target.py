@@ -15,8 +15,11 @@ from typing import Any
 
 from torch import nn
 
+from .. import limits
 from ..config import Names, PeftConfig, TaskType
 from ..errors import ConfigError, NoMatchingPeftModuleError, PatternWarning, listing, nearest, warn
+from ..errors import shown as cut
+from ..patterns import check, fullmatch
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
 from .host import bare, below
@@ -62,7 +65,7 @@ def matches(path: str, names: Names | None) -> bool:
     if names is None:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return fullmatch(names, path)
     if isinstance(names, (set, frozenset)):
         return any(end in names for end in endings(path))
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -82,7 +85,7 @@ def layer_index(path: str, patterns: Iterable[str] | None) -> int | None:
     steps = [(name, part) for name, part in pairwise(path.split(".")) if part.isdigit()]
     for pattern in patterns or (".*",):
         for name, part in steps:
-            if re.fullmatch(pattern, name):
+            if fullmatch(pattern, name):
                 return int(part)
     return None
 
@@ -166,8 +169,8 @@ def targets(model: nn.Module, config: PeftConfig, names: Names) -> list[Place]:
 
     Raises `NoMatchingPeftModuleError`, with the nearest names there are, where nothing matches.
     """
-    _check_regexes(config)
     places = list(walk(model))
+    _check_regexes(config, len(places))
     named = [p for p in places if matches(p.path, names)]
     _check_layers(config, named)
     layered = [p for p in named if in_layers(p.path, config)]
@@ -206,9 +209,11 @@ def _warn_of_idle(config: PeftConfig, names: Iterable[str], places: list[Place])
 
 
 def _no_match(config: PeftConfig, names: Names, places: list[Place], named: list[Place], layered: list[Place]) -> str:
-    shown = repr(names) if isinstance(names, str) else repr(sorted(names))
+    shown = cut(names if isinstance(names, str) else sorted(names))
     if layered:
-        return f"exclude_modules={config.exclude_modules!r} leaves out every layer that target_modules={shown} matches."
+        return (
+            f"exclude_modules={cut(config.exclude_modules)} leaves out every layer that target_modules={shown} matches."
+        )
     if named:
         there = sorted({i for p in named if (i := layer_index(p.path, None)) is not None})
         return (
@@ -221,22 +226,43 @@ def _no_match(config: PeftConfig, names: Names, places: list[Place], named: list
     return f"target_modules={shown} matches no module of {len(places)}{hints or '.'} Names there: {listing(ends, 20)}."
 
 
-def _check_regexes(config: PeftConfig) -> None:
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+def _check_regexes(config: PeftConfig, paths: int) -> None:
+    """Raise `ConfigError` where a regex is none, or where there are too many for so many paths."""
+    patterns = [name for name, value in vars(config).items() if name.endswith("_pattern") and isinstance(value, dict)]
+    for name in ("target_modules", "exclude_modules", "layers_pattern", *patterns):
         value = getattr(config, name, None)
         plain = name.endswith("_modules") and not isinstance(value, str)  # a list of names holds no regex
-        for pattern in () if plain or not value else [value] if isinstance(value, str) else value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{type(config).__name__}.{name} has {pattern!r}, which is no valid regex: {error}."
-                ) from None
+        given = () if plain or not value else [value] if isinstance(value, str) else value
+        if len(given) > limits.MAX_PATTERN_ENTRIES or len(given) * paths > limits.MAX_MATCHES:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} has {len(given):,} entries, too many to be tried on {paths:,} modules; if "
+                "they are meant, raise graftlet.limits.MAX_MATCHES."
+            )
+        for pattern in given:
+            if not _PLAIN.fullmatch(pattern):
+                whole = _at_end(pattern) if isinstance(value, dict) else pattern
+                check(whole, f"{type(config).__name__}.{name}", shown=pattern)
+
+
+_PLAIN = re.compile(r"[\w.-]+")
+"""A regex that is a name: but for its dots, it matches itself."""
+
+
+def _at_end(key: str) -> str:
+    return rf"(.*\.)?({key})"
 
 
 def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value for a path in `rank_pattern` and its like: the first key that is its end, as a regex."""
     for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
+        if _ends(path, key) if _PLAIN.fullmatch(key) else fullmatch(_at_end(key), path):
             return value
     return default
+
+
+def _ends(path: str, name: str) -> bool:
+    """Whether a path ends in a name, in which a dot stands for anything."""
+    head, tail = path[: -len(name)], path[-len(name) :]
+    if head and not head.endswith("."):
+        return False
+    return tail == name or (len(tail) == len(name) and all(n in (".", t) for n, t in zip(name, tail, strict=True)))

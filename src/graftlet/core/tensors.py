@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import AdapterFileError
 from .method import Holder, Spec
 
 
@@ -304,7 +305,15 @@ def as_held(tensor: Tensor, spec: Spec) -> Tensor:
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) if spec.trainable else tensor
 
 
-def adapter_dtype(kept: Tensor, widen: bool) -> torch.dtype:
-    """What an adapter is kept in on a layer: the layer's own dtype, single precision where that is narrow or packed."""
-    dtype = kept.dtype if kept.is_floating_point() and kept.dtype.itemsize > 1 else torch.float32
+def adapter_dtype(dtype: torch.dtype, widen: bool) -> torch.dtype:
+    """What an adapter is kept in on a layer that computes in `dtype`: the same, or at least single precision."""
     return torch.float32 if widen and dtype.itemsize < 4 else dtype
+
+
+def check_places(places: Tensor, below: int, what: str) -> None:
+    """Raise `AdapterFileError` where loaded indices are not all from 0 to `below` - 1."""
+    if places.is_meta or not places.numel():
+        return
+    low, high = (int(end) for end in places.long().aminmax())
+    if low < 0 or high >= below:
+        raise AdapterFileError(f"{what} has places from {low} to {high}; there are those from 0 to {below - 1}.")

@@ -13,11 +13,12 @@ from ..config import PeftConfig
 from ..errors import ConfigError, TieWarning, warn
 from ..registry import lookup
 from . import combine as combining
-from . import lifecycle, replication, ties
+from . import fingerprint, lifecycle, replication, ties
 from .around import surrounds
 from .block import BlockHost
 from .combine import Fit
 from .context import current
+from .dense import dequantised
 from .host import check_known, check_name, hosts, modules
 from .inject import Plan
 from .layer import AdaptedLayer
@@ -46,6 +47,7 @@ class BaseTuner(nn.Module):
         self.peft_config: dict[str, PeftConfig] = {}
         self.pending: tuple[Plan, Before] | None = None
         self.vocabulary = vocabulary(model)
+        self.fingerprint = fingerprint.taken(model)
         self.carried: tuple[str, ...] = ()  # arguments of a call that methods here read (`Method.carries`)
         self.reading: dict[str, AdaptedLayer] = {}  # a layer of each adapter that goes by tokens (`Method.reach`)
         self.rehearsing: dict[str, AdaptedLayer] = {}  # those that look at a call before it (`Method.rehearse`)
@@ -295,12 +297,20 @@ class BaseTuner(nn.Module):
         lifecycle.unmerge(self.model)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
         """The base model with the adapters in its weights and no wrapper left.
 
+        dequantize: make quantised layers ordinary ones first, so that nothing of the adapters is lost by rounding.
+
         Raises `MergeError`, the model as it was, where an adapter cannot be merged.
         """
+        if dequantize:
+            return self._merge_dense(progressbar, safe_merge, adapter_names)
         stack = replication.stack_path(self.model)
         groups = [g for g in ties.tied(self.model) if stack is None or not g.places[0][0].startswith(f"{stack}.")]
         lifecycle.merge(self.model, safe_merge, adapter_names, _progress if progressbar else iter)
@@ -309,6 +319,14 @@ class BaseTuner(nn.Module):
         if not ties.retie(model, groups):
             _untie(model)
         return model
+
+    def _merge_dense(self, progressbar: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        merged = dict.fromkeys(n for _, host in hosts(self.model) for n in host.merged_adapters)
+        if merged:
+            lifecycle.unmerge(self.model)
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        with dequantised(self.model):
+            return self.merge_and_unload(progressbar, safe_merge, list(merged | dict.fromkeys(wanted)))
 
     def unload(self) -> nn.Module:
         """The base model without its adapters and wrappers."""

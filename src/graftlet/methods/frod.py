@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
 from ..core.method import Delta, Holder, Spec, View, check_dropout
+from ..core.tensors import check_places
 from ..errors import UnsupportedLayerError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Linear, Parameter, Site
@@ -110,6 +111,9 @@ class FRoD(Delta):
         p.frod_lambda_l.normal_(1, 0.1)
         if not p.init_weights:
             p.frod_lambda_s_values.normal_(0, 0.1)
+
+    def check_loaded(self, p: View) -> None:
+        check_places(p.frod_s_indices, p.site.columns, "frod_s_indices")
 
     @torch.no_grad()
     def link(self, layers: Mapping[str, Holder], adapter: str) -> None:

@@ -107,10 +107,15 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
         variants.check(self, start.name)
 
 
+LOOKED_AT = 500
+"""How many keys of a pattern are compared with each other."""
+
+
 def _tell_idle(name: str, patterns: dict[str, Any]) -> None:
     """Name a key that an earlier one leaves nothing: the first that matches a layer counts."""
-    for i, key in enumerate(patterns):
-        for earlier in list(patterns)[:i]:
+    names = [key for key in patterns if re.fullmatch(r"[\w.-]+", key)][:LOOKED_AT]
+    for i, key in enumerate(names):
+        for earlier in names[:i]:
             if patterns[earlier] != patterns[key] and by_pattern({earlier: True}, key, False):
                 warn(
                     PatternWarning,
@@ -120,7 +125,7 @@ def _tell_idle(name: str, patterns: dict[str, Any]) -> None:
                 )
 
 
-UNSUPPORTED = ("megatron_config", "use_qalora")
+UNSUPPORTED = ("megatron_config",)
 
 
 def plain(like: PeftConfig, ranks: Mapping[str, int], bias: bool) -> LoraConfig:

@@ -8,7 +8,6 @@ of W are not saved: a load finds them again.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..config import PeftConfig, Saves, Targets
 from ..core.method import Delta, Spec, View
+from ..patterns import search
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .parts.low_rank import through
@@ -52,7 +52,7 @@ class OSF(Delta):
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, OSFConfig)
         wanted = config.effective_rank
-        wanted = next((v for k, v in (config.rank_pattern or {}).items() if re.search(k, key)), wanted)
+        wanted = next((v for k, v in (config.rank_pattern or {}).items() if search(k, key)), wanted)
         size = min(site.features_out, site.columns)
         if wanted is None:
             kept = size // 2

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..config import FanInFanOut, PeftConfig, Saves, Targets
 from ..core.method import Delta, Spec, View
+from ..core.tensors import check_places
 from ..errors import ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
@@ -76,6 +77,10 @@ class SHiRA(Delta):
         masks = [self._mask(p) for _ in range(max(1, p.site.stack))]
         places = torch.stack([mask.flatten(1).nonzero().T for mask in masks])
         p.shira_indices.copy_(places.reshape(p.shira_indices.shape))
+
+    def check_loaded(self, p: View) -> None:
+        for places, below in zip(p.shira_indices.unbind(-2), matrix(p.site), strict=True):
+            check_places(places, below, "shira_indices")
 
     def _mask(self, p: View) -> Tensor:
         chosen = p.mask_fn

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, Saves, Targets
 from ..core.method import Delta, Spec, View, check_dropout
+from ..core.tensors import check_places
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .parts.low_rank import through
@@ -91,6 +92,9 @@ class SuperTuning(Delta):
             p.supertuning_values.zero_()
             if p.r is not None:
                 p.supertuning_lora_B.zero_()
+
+    def check_loaded(self, p: View) -> None:
+        check_places(p.supertuning_indices, p.site.features_out * p.site.columns, "supertuning_indices")
 
     def delta(self, p: View) -> Tensor:
         dW = dense(p.supertuning_values, p.supertuning_indices.long(), p.site)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
 from ..core.method import Spec, View, input_dropout
+from ..core.tensors import check_places
 from ..errors import DependencyError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
@@ -100,6 +101,10 @@ class UniLoRA(LowRank):
             indices.copy_(places.reshape(indices.shape))
             scales.copy_(counts.reshape(scales.shape).rsqrt())
             first += indices.numel()
+
+    def check_loaded(self, p: View) -> None:
+        for indices in (p.unilora_indices_A, p.unilora_indices_B):
+            check_places(indices, len(p.unilora_theta_d), "unilora_indices")
 
     def drop(self, p: View, x: Tensor) -> Tensor:
         return p.unilora_dropout(x)

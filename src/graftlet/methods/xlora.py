@@ -164,7 +164,7 @@ class XLoRA(Routed):
         name, dummy = carried(p), None
         if p.scaling_pass_value:
             value = torch.full((*size, p.layers, len(p.config.brings)), p.scaling_pass_value)
-            dummy = {name: value.to(p.site.weight.device)}
+            dummy = {name: value.to(p.site.device)}
         shares = self.classify(p, run(dummy))
         p.journal.latest = shares
         if p.journal.on:

@@ -16,6 +16,8 @@ from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "lerobot")
 """The packages that an adapter's `auto_mapping` may name a model class of."""
 
+_OF_ADAPTERS = ("strict", "allow_pickle", "key_mapping", "verify_base", "manifest")
+
 
 class AutoPeftModel:
     """Loads the base model that an adapter names, then the adapter onto it."""
@@ -63,16 +65,10 @@ class AutoPeftModel:
                 f"{chosen.task_type}. "
                 f"Use {_auto_for(chosen.task_type)}."
             )
-        base_kwargs = {
-            k: v for k, v in kwargs.items() if k not in ("subfolder", "strict", "allow_pickle", "key_mapping")
-        }
+        base_kwargs = {k: v for k, v in kwargs.items() if k not in ("subfolder", *_OF_ADAPTERS)}
         base = cls._base(chosen, import_allowlist or []).from_pretrained(name, revision=chosen.revision, **base_kwargs)
         _fit_vocabulary(base, pretrained_model_name_or_path)
-        ours = {
-            k: kwargs[k]
-            for k in ("subfolder", "strict", "allow_pickle", "key_mapping", "token", "cache_dir")
-            if k in kwargs
-        }
+        ours = {k: kwargs[k] for k in ("subfolder", "token", "cache_dir", *_OF_ADAPTERS) if k in kwargs}
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(cls.task_type or chosen.task_type), PeftModel)
         return kind.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, chosen, revision=revision, **ours

@@ -197,10 +197,5 @@ def compose_cartridge_adapters(
         if more := sorted(tensors.keys() - {ROWS}):
             raise ConfigError(f"{path} holds {listing(more)} beside its cache, which cannot be composed.")
     rows = torch.cat([files[str(path)][ROWS] for path in adapter_paths])
-    folder = Path(output_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    if safe_serialization:
-        save.save_tensors({ROWS: rows}, folder / save.SAFETENSORS_WEIGHTS_NAME)
-    else:
-        torch.save({ROWS: rows}, folder / save.WEIGHTS_NAME)
-    replace(first, num_virtual_tokens=len(rows)).save_pretrained(folder)  # type: ignore[call-arg]
+    made = replace(first, num_virtual_tokens=len(rows))  # type: ignore[call-arg]
+    save.save_adapter(Path(output_path), made, {ROWS: rows}, safe=safe_serialization)

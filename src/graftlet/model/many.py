@@ -17,6 +17,7 @@ from ..core.tuner import BaseTuner
 from ..errors import ConfigError
 from . import prompting
 from .parts import carry_context
+from .prepare import plain
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -128,10 +129,20 @@ class ManyAdapters:
         self._layers("unmerge_adapter").unmerge_adapter()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """The base model with adapters merged in and no wrapper left."""
-        return self._layers("merge_and_unload").merge_and_unload(progressbar, safe_merge, adapter_names)
+        """The base model with adapters merged in and no wrapper left.
+
+        dequantize: give a model of ordinary layers for one of quantised ones, which rounding would cost a part of what
+            the adapters do (`merge_errors`).
+        """
+        tuner = self._layers("merge_and_unload")
+        merged = tuner.merge_and_unload(progressbar, safe_merge, adapter_names, dequantize)
+        return plain(merged) if dequantize else merged
 
     def unload(self) -> nn.Module:
         """The base model without adapters and wrappers."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core import lifecycle
 from ..core.around import surrounds
+from ..core.method import Method
 from ..core.target import walk
 from ..core.tuner import BaseTuner
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
@@ -75,7 +76,10 @@ def inject_adapter_in_model(
     """
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} acts on a model's inputs, not in its layers; use get_peft_model.")
-    if surrounds(lookup(peft_config.peft_type).method):
+    method = lookup(peft_config.peft_type).method
+    if issubclass(method, Method) and method.rehearse is not Method.rehearse:
+        raise ConfigError(f"{peft_config.peft_type} runs the whole model before each call; use get_peft_model.")
+    if surrounds(method):
         raise ConfigError(f"{peft_config.peft_type} goes around a model's whole call as well; use get_peft_model.")
     if state_dict is not None:
         _target_keys(peft_config, model, state_dict)

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..config import PeftConfig
-from ..errors import BaseMismatchWarning, warn
+from ..core import fingerprint
+from ..core.fingerprint import Fingerprint
+from ..errors import BaseMismatchError, BaseMismatchWarning, warn
 from .parts import transformers_config
 
 
@@ -19,14 +22,29 @@ def base_name(model: nn.Module) -> str | None:
     return str(name) if name else None
 
 
-def check_base(model: nn.Module, config: PeftConfig, origin: str) -> None:
+def strict_by_choice() -> bool:
+    """Whether the environment asks for errors where there would be warnings of files that do not belong together."""
+    return os.environ.get("GRAFTLET_STRICT", "") not in ("", "0")
+
+
+def check_base(
+    model: nn.Module, known: Fingerprint, config: PeftConfig, recorded: str | None, origin: str, verify: bool
+) -> None:
+    """Warn, or raise `BaseMismatchError`, where an adapter was saved on another base than it is put on.
+
+    The names are compared, and the model's fingerprint with the one that the file records.
+    """
     theirs, ours = config.base_model_name_or_path, base_name(model)
-    if theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
-        warn(
-            BaseMismatchWarning,
-            f"{origin} was trained on {theirs!r} and is put on {ours!r}; where they differ, its effect does too.",
-            stacklevel=4,
-        )
+    apart = "" if recorded is None else fingerprint.parsed(recorded, origin).difference(known)
+    named = theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower()
+    unknown = verify and recorded is None
+    if not (apart or named or unknown):
+        return
+    why = apart or ("its file does not record its base" if unknown else "where they differ, its effect does too")
+    message = f"{origin} was trained on {theirs or 'an unnamed base'!r} and is put on {ours or type(model).__name__!r}; {why}."
+    if unknown or (apart and (verify or strict_by_choice())):
+        raise BaseMismatchError(message)
+    warn(BaseMismatchWarning, message, stacklevel=4)
 
 
 def upload(folder: Path, repo_id: str | None = None, **kwargs: Any) -> Any:

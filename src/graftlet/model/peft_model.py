@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..core import lifecycle
+from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
 from ..core.host import check_known, check_name
 from ..core.layer import relink
@@ -25,6 +25,7 @@ from ..core.prompt import ROWS
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
+from ..files import check_apart
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload
@@ -113,6 +114,11 @@ class PeftModel(ManyAdapters, nn.Module):
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
         return getattr(self.get_base_model(), "dtype", None)
+
+    @property
+    def _fingerprint(self) -> fingerprint.Fingerprint:
+        """The base's, from before there were adapters, which may have moved a part of it into themselves."""
+        return fingerprint.taken(self.get_base_model()) if self.tuner is None else self.tuner.fingerprint
 
     def get_base_model(self) -> nn.Module:
         """The model itself, with whatever wrappers its layers have."""
@@ -253,6 +259,7 @@ class PeftModel(ManyAdapters, nn.Module):
             selected_adapters: these only. is_main_process: False writes nothing.
             path_initial_model_for_weight_conversion: where the adapter was saved before its training, if it started by
                 taking a part of the base (PiSSA, OLoRA, CorDA, LoRA-GA): it is written as LoRA for the untouched base.
+            manifest: write `SHA256SUMS` beside the files, which every load then compares with them.
             push_to_hub: upload the folder; `repo_id`, `token`, `private`, `commit_message`, `revision` go along.
 
         Raises:
@@ -266,6 +273,7 @@ class PeftModel(ManyAdapters, nn.Module):
         folder = Path(save_directory)
         if folder.is_file():
             raise AdapterFileError(f"{folder} is a file; a directory is needed to save adapters into.")
+        check_apart(folder, [n for n in names if n != "default"])
         initial = path_initial_model_for_weight_conversion
         for name in names:
             target = folder if name == "default" else folder / name
@@ -293,16 +301,9 @@ class PeftModel(ManyAdapters, nn.Module):
             config.base_model_name_or_path = base_name(model)
         if config.task_type is None:
             config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-        config.to_json()  # what cannot be written is known before any file is
-        folder.mkdir(parents=True, exist_ok=True)
-        if safe:
-            rows = vocabulary(model)
-            facts = {} if rows is None else {save.VOCABULARY: str(rows)}
-            save.save_tensors(tensors, folder / save.SAFETENSORS_WEIGHTS_NAME, facts)
-        else:
-            torch.save({k: t.cpu().clone() for k, t in tensors.items()}, folder / save.WEIGHTS_NAME)
-            (folder / save.SAFETENSORS_WEIGHTS_NAME).unlink(missing_ok=True)
-        config.save_pretrained(folder)
+        rows = vocabulary(model)
+        facts = {fingerprint.KEY: self._fingerprint.text(), **({} if rows is None else {save.VOCABULARY: str(rows)})}
+        save.save_adapter(folder, config, tensors, facts, safe, bool(kwargs.get("manifest")))
 
     @classmethod
     def from_pretrained(
@@ -326,22 +327,25 @@ class PeftModel(ManyAdapters, nn.Module):
             low_cpu_mem_usage: kept for callers of the reference; tensors are always made once, from the file.
             key_mapping: regexes and replacements for keys that were saved under other names.
             strict: refuse files that do not fit whole; otherwise warn and load what fits.
+            kwargs: `subfolder`, `revision`, `token`, ... of the hub; `allow_pickle`; `verify_base=True` raises where the
+                base is not the one that the adapter was saved on; `manifest=True` where there are no SHA-256 sums to compare.
 
         Raises:
             AdapterFileError: a file is missing, damaged, or does not fit; the model is as it was.
         """
-        hub = {k: v for k, v in kwargs.items() if k not in ("torch_device", "allow_pickle")}
-        chosen = PeftConfig.from_pretrained(model_id, **hub) if config is None else config
+        kwargs["device"] = kwargs.pop("torch_device", None)
+        chosen, stored = save.opened(
+            model_id, config, checks := save.Checks.of(kwargs), key_mapping=key_mapping, **kwargs
+        )
         chosen.inference_mode = not is_trainable
-        check_base(model, chosen, str(model_id))
+        known, recorded = fingerprint.taken(model), stored.metadata.get(fingerprint.KEY)
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
-        tensors = save.load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
-        recorded = save.recorded(model_id, save.VOCABULARY, **kwargs)
-        embeddings.check_vocabulary(model, recorded, tensors, str(model_id))
+        embeddings.check_vocabulary(model, stored.metadata.get(save.VOCABULARY), stored.shapes(), str(model_id))
         before = Before(model)
         made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
         with made._undone_on_error(before, fresh=True):
-            save.load_verified(made, tensors, adapter_name, strict, str(model_id))
+            save.load_verified(made, stored, adapter_name, strict, str(model_id))
+            check_base(model, known, chosen, recorded, str(model_id), checks.base)
             made._loaded([adapter_name], chosen)
         return made
 
@@ -363,15 +367,15 @@ class PeftModel(ManyAdapters, nn.Module):
         Returns `(missing_keys, unexpected_keys)`; both empty unless `strict=False`.
         """
         check_name(adapter_name, list(self.peft_config))
-        hub = {k: v for k, v in kwargs.items() if k not in ("allow_pickle",)}
-        config = PeftConfig.from_pretrained(model_id, **hub)
+        kwargs |= {"device": torch_device, "key_mapping": key_mapping}
+        config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
         config.inference_mode = not is_trainable
-        check_base(self.get_base_model(), config, str(model_id))
-        tensors = save.load_peft_weights(model_id, torch_device, key_mapping, **kwargs)
+        known, recorded = self._fingerprint, stored.metadata.get(fingerprint.KEY)
         before = Before(self.get_base_model())
         self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, _init=False)
         with self._undone_on_error(before):
-            result = save.load_verified(self, tensors, adapter_name, strict, str(model_id))
+            result = save.load_verified(self, stored, adapter_name, strict, str(model_id))
+            check_base(self.get_base_model(), known, config, recorded, str(model_id), checks.base)
             self._loaded(self.active_adapters, self.peft_config[self.active_adapter])
         return result
 

@@ -7,12 +7,14 @@ In memory the encoders stand in `model.prompt_encoder`, and the base's input emb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import limits
 from ..config import PeftConfig, PromptLearningConfig, TaskType
 from ..core import lifecycle, state
 from ..core.host import hosts
@@ -36,6 +38,8 @@ def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> 
     base, kind = model.base_model, lookup(config.peft_type).method
     words = _words(base)
     fill(config, base, words, issubclass(kind, Cache))
+    if loading:
+        _check_size(config, base)
     encoder: Prompt = kind(config, words, loading)
     encoder.to(words.weight.device)
     if config.modules_to_save:
@@ -52,6 +56,19 @@ def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> 
         activate(model, name, config.inference_mode)
     else:
         activate(model, model.active_adapter, model.active_peft_config.inference_mode)
+
+
+def _check_size(config: PromptLearningConfig, base: nn.Module) -> None:
+    """Raise `ConfigError` where a saved prompt's config asks for absurdly more numbers than its base has."""
+    sizes = [
+        getattr(config, n, None) or 1 for n in ("num_transformer_submodules", "num_tasks", "num_layers", "num_ranks")
+    ]
+    count = (config.num_virtual_tokens or 1) * (config.token_dim or 1) * math.prod(sizes)
+    if count > limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(p.numel() for p in base.parameters()):
+        raise ConfigError(
+            f"the prompt's config asks for some {count:,} numbers, absurdly more than its base has: it is damaged, or made to "
+            "take memory. If it is right, raise graftlet.limits.FREE_ELEMENTS."
+        )
 
 
 def _words(base: nn.Module) -> Any:

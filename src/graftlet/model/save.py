@@ -6,28 +6,31 @@ A load looks at the file's header first: keys, kinds and shapes are compared wit
 
 from __future__ import annotations
 
-import json
+import io
 import os
 from collections import namedtuple
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from .. import pair
 from ..config import PeftConfig
 from ..core import state
 from ..core.host import check_known
 from ..core.layer import relink
 from ..core.lifecycle import adapters_of
 from ..errors import AdapterFileError, KeysWarning, warn
-from ..files import find_file, read_tensors, settle
+from ..files import TensorFile, find_file, read_pickle, settle, write_beside, write_tensors
 from . import embeddings, prompting
+from .origin import strict_by_choice
 from .parts import configs_of, root_of
 
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-WEIGHTS_NAME = "adapter_model.bin"
+SAFETENSORS_WEIGHTS_NAME = pair.WEIGHTS
+WEIGHTS_NAME = pair.PICKLE
 
 VOCABULARY = "vocab_size"
 """In a file's metadata: how many tokens the base had."""
@@ -110,20 +113,14 @@ def set_peft_model_state_dict(
     return LoadResult(report.missing, report.unexpected)
 
 
-def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str, strict: bool, origin: str) -> Any:
+def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool, origin: str) -> Any:
     """Fill an adapter that was just injected, after comparing all that the file has with all that the model needs.
 
-    strict: whatever is missing, unexpected, misshaped, mistyped or not finite raises `AdapterFileError`; otherwise
-    missing and unexpected tensors are named in a `KeysWarning`.
+    strict: whatever is missing, unexpected, misshaped, mistyped or not finite raises `AdapterFileError`; otherwise all of
+    it is named in a `KeysWarning`, and what fits is loaded.
     """
-    model, read = root_of(model), tensors
-    config = configs_of(model)[adapter]
-    if config.is_prompt_learning:
-        report = prompting.misfit(model, adapter, tensors)
-    else:
-        wanted = state.slots(model, adapter, config, tensors)
-        tensors = state.unpacked(model, adapter, embeddings.without_levels(tensors, wanted, adapter))
-        report = state.fit({**wanted, **embeddings.slots(model, tensors)}, tensors)
+    model = root_of(model)
+    report = _misfit(model, adapter, given.shapes())
     complaints = report.complaints()
     if complaints and (strict or report.misshaped or report.mistyped):
         hint = embeddings.vocabulary_hint(report.misshaped)
@@ -132,14 +129,31 @@ def load_verified(model: nn.Module, tensors: Mapping[str, Tensor], adapter: str,
             "The adapter was made for another base or another config"
             + ("." if report.misshaped or report.mistyped else "; strict=False loads what fits.")
         )
+    tensors = given.read()
+    if strict:
+        state.check_finite(tensors, origin)
+    else:
+        complaints += state.unfinite(tensors)
     if complaints:
         warn(KeysWarning, f"{origin}: {'; '.join(complaints)}.", stacklevel=5)
-    if strict:
-        state.check_finite(read, origin)
+    if not configs_of(model)[adapter].is_prompt_learning:
+        wanted = state.slots(model, adapter, configs_of(model)[adapter], tensors)
+        tensors = state.unpacked(model, adapter, embeddings.without_levels(tensors, wanted, adapter))
     result = set_peft_model_state_dict(model, tensors, adapter)
     relink(model, adapter)
     _fill_missing(model, adapter, report.missing)
+    state.check_loaded(model, adapter, origin)
     return result
+
+
+def _misfit(model: nn.Module, adapter: str, shapes: Mapping[str, Tensor]) -> state.Fit:
+    """How the kinds and shapes of a file's tensors fit an adapter."""
+    config = configs_of(model)[adapter]
+    if config.is_prompt_learning:
+        return prompting.misfit(model, adapter, shapes)
+    wanted = state.slots(model, adapter, config, shapes)
+    held = state.unpacked(model, adapter, embeddings.without_levels(shapes, wanted, adapter))
+    return state.fit({**wanted, **embeddings.slots(model, held)}, held)
 
 
 @torch.no_grad()
@@ -170,7 +184,81 @@ def load_peft_weights(
     Raises:
         AdapterFileError: there is no such file, it is damaged, or it is a pickle and those are not allowed.
     """
-    return rename(read_tensors(weights_file(model_id, subfolder, allow_pickle, **hub), device or "cpu"), key_mapping)
+    return stored(model_id, device, key_mapping, subfolder, allow_pickle, **hub).read()
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a saved adapter, before they are read: their file was opened, and its header checked."""
+
+    path: Path
+    file: TensorFile | None
+    pickled: dict[str, Tensor]
+    device: str
+    key_mapping: dict[str, str] | None
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return {} if self.file is None else self.file.metadata
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Kinds and shapes: tensors on meta, of a pickle those that there are."""
+        return rename(self.pickled if self.file is None else self.file.on_meta(), self.key_mapping)
+
+    def read(self) -> dict[str, Tensor]:
+        """The tensors, on the device asked for."""
+        return rename(self.pickled if self.file is None else self.file.read(self.device), self.key_mapping)
+
+
+def stored(
+    source: str | os.PathLike[str],
+    device: str | None = None,
+    key_mapping: dict[str, str] | None = None,
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+    **hub: Any,
+) -> Stored:
+    """Open a saved adapter's tensors. Arguments and errors are those of `load_peft_weights`."""
+    path = weights_file(source, subfolder, allow_pickle, **hub)
+    where = device or "cpu"
+    if path.suffix == ".safetensors":
+        return Stored(path, TensorFile(path), {}, where, key_mapping)
+    return Stored(path, None, read_pickle(path, where), where, key_mapping)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What is checked of a saved adapter beside its tensors. base: the model's fingerprint must be the one saved.
+
+    manifest: there must be SHA-256 sums beside the files; where there are any, they are always compared.
+    """
+
+    base: bool = False
+    manifest: bool = False
+
+    @classmethod
+    def of(cls, arguments: dict[str, Any]) -> Checks:
+        """Those asked for in a load's arguments, which are taken out."""
+        return cls(bool(arguments.pop("verify_base", False)), bool(arguments.pop("manifest", False)))
+
+
+def opened(
+    source: str | os.PathLike[str], config: PeftConfig | None, checks: Checks, **arguments: Any
+) -> tuple[PeftConfig, Stored]:
+    """A saved adapter's config (unless one is given) and tensors, of one save.
+
+    Raises `AdapterFileError` where they cannot be read, or are not what their sums say; warns where they are of two saves.
+    """
+    hub = {k: v for k, v in arguments.items() if k not in ("device", "key_mapping", "allow_pickle")}
+    given = PeftConfig.from_pretrained(source, **hub) if config is None else config
+    held = stored(source, **arguments)
+    path = held.path.with_name(pair.CONFIG)
+    if config is None and path.is_file():
+        if not pair.belongs(path, held.metadata):  # a save may have come between reading the one and the other
+            given, held = PeftConfig.from_pretrained(source, **hub), stored(source, **arguments)
+        pair.check_pair(path, held.metadata, strict_by_choice())
+    pair.check_sums(held.path.parent, checks.manifest)
+    return given, held
 
 
 def weights_file(source: str | os.PathLike[str], subfolder: str | None, allow_pickle: bool, **hub: Any) -> Path:
@@ -191,7 +279,7 @@ def weights_file(source: str | os.PathLike[str], subfolder: str | None, allow_pi
 
 
 def rename(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> dict[str, Tensor]:
-    """Keys with the first matching pattern of a mapping replaced."""
+    """Keys with the first matching pattern of a mapping replaced. Raises `AdapterFileError` where two become one."""
     if not key_mapping:
         return tensors
     import re
@@ -203,74 +291,47 @@ def rename(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> di
                 return new
         return key
 
-    return {renamed(k): t for k, t in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if renamed(key) in found:
+            raise AdapterFileError(f"key_mapping gives two tensors of the file the key {renamed(key)!r}.")
+        found[renamed(key)] = tensor
+    return found
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all; tensors that share memory are written apart."""
-    from safetensors.torch import save_file
-
-    seen: set[int] = set()
-    ready = {}
-    for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        if memory in seen or tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()
-        seen.add(memory)
-        ready[key] = tensor
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = write_tensors(tensors, path, {"format": "pt", **(metadata or {})})
     try:
-        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
-        with temporary.open("rb+") as file:
-            _order(file)
-            file.flush()
-            os.fsync(file.fileno())
         settle(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
-def _order(file: BinaryIO) -> None:
-    """Sort a safetensors file's metadata, which comes out of a hash map: the same adapter gives the same bytes."""
-    size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(size))
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    file.seek(8)
-    file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size))
+def save_adapter(
+    folder: Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, str] | None = None,
+    safe: bool = True,
+    manifest: bool = False,
+) -> None:
+    """Write an adapter's config and tensors in one transaction: whatever happens, the old pair is there or the new one.
 
+    facts: go into the metadata. safe: as safetensors; otherwise as a pickle, and a safetensors file that would hide it is
+    removed. manifest: SHA-256 sums too. Raises `AdapterFileError`, the old files as they were.
+    """
 
-def recorded(source: str | os.PathLike[str], fact: str, subfolder: str | None = None, **hub: Any) -> str | None:
-    """A fact that stands in the metadata of an adapter's file; None where it does not, or the file has none."""
-    from safetensors import safe_open
+    def write(path: Path, digest: Mapping[str, str]) -> Path:
+        if safe:
+            return write_tensors(tensors, path, {"format": "pt", **(facts or {}), **digest})
+        content = io.BytesIO()
+        torch.save({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, content)
+        return write_beside(path, content.getvalue())
 
-    hub.pop("allow_pickle", None)
-    path = weights_file(source, subfolder, allow_pickle=True, **hub)
-    if path.suffix != ".safetensors":
-        return None
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get(fact)
-
-
-def header_of(source: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors on meta: kinds and shapes, without reading any."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(source, "pt") as file:
-            views = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  not a dict
-            return {
-                k: torch.empty(v.get_shape(), dtype=_DTYPES.get(v.get_dtype(), torch.float32), device="meta")
-                for k, v in views.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{source} cannot be read: {error}. It is damaged or not an adapter file.") from error
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    text = (config.to_json() + "\n").encode()
+    pair.Save(folder, text, write, pair.WEIGHTS if safe else pair.PICKLE, manifest).run()
 
 
 def saved_config(config: PeftConfig) -> PeftConfig:

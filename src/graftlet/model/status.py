@@ -11,9 +11,11 @@ from torch import nn
 from ..config import PeftConfig
 from ..core.host import AdapterHost, hosts
 from ..core.layer import AdaptedLayer
+from ..core.lifecycle import roundings
 from ..core.replace import ModulesToSave
 from ..core.tuner import BaseTuner
 from ..errors import CallError
+from ..weights.rounding import Rounding
 from ..weights.storage import PLAIN
 from .parts import configs_of, root_of
 
@@ -126,6 +128,14 @@ def _kind(configs: dict[str, PeftConfig]) -> str:
     """What the field calls the wrapper of a method: LoraModel for LoraConfig."""
     first = next(iter(configs.values()), None)
     return "None" if first is None else type(first).__name__.removesuffix("Config") + "Model"
+
+
+def merge_errors(model: nn.Module) -> dict[str, Rounding]:
+    """What rounding cost in each quantised layer that adapters are merged into, by the layer's path in the base model.
+
+    It is empty where nothing is merged into a quantised layer. A model from `merge_and_unload` knows it too.
+    """
+    return roundings(_inner(model))
 
 
 def _inner(model: nn.Module) -> nn.Module:

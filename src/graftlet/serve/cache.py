@@ -20,7 +20,7 @@ from ..config import PeftConfig
 from ..core.state import check_finite
 from ..errors import CallError
 from ..model.peft_model import PeftModel
-from ..model.save import load_peft_weights
+from ..model.save import Checks, opened
 from .hotswap import swap
 
 Source = str | os.PathLike[str]
@@ -115,11 +115,12 @@ class AdapterCache:
     def _read(self, name: str) -> Loaded:
         try:
             source = self.find(name)
-            tensors = load_peft_weights(source)
+            config, stored = opened(source, None, Checks())
+            tensors = stored.read()
             check_finite(tensors, str(source))
             if self.pin:
                 tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
-            loaded = Loaded(PeftConfig.from_pretrained(source), tensors)
+            loaded = Loaded(config, tensors)
             with self._lock:
                 self._keep(name, loaded)
             return loaded

@@ -88,9 +88,7 @@ def write(made: Conversion, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     if folder.is_file():
         raise CallError(f"{folder} is a file; a folder is needed to write an adapter into.")
-    folder.mkdir(parents=True, exist_ok=True)
-    save.save_tensors(made.tensors, folder / save.SAFETENSORS_WEIGHTS_NAME)
-    save.saved_config(made.config).save_pretrained(folder)
+    save.save_adapter(folder, save.saved_config(made.config), made.tensors)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from ..core.method import Method, View
 from ..core.tensors import as_held, attribute
 from ..errors import AdapterFileError, CallError, CallWarning, ConfigError, MergeError, warn
 from ..model.parts import configs_of, root_of
-from ..model.save import load_peft_weights
+from ..model.save import Checks, opened
 from ..registry import lookup
 
 
@@ -42,9 +42,8 @@ def hotswap_adapter(
         AdapterFileError: the file is missing, damaged, not finite, or of another structure. ConfigError: of another method,
             or with other options. MergeError: the adapter is merged. The model is as it was.
     """
-    hub = {k: v for k, v in kwargs.items() if k not in ("allow_pickle", "key_mapping")}
-    config = PeftConfig.from_pretrained(model_name_or_path, **hub)
-    tensors = load_peft_weights(model_name_or_path, torch_device, **kwargs)
+    config, stored = opened(model_name_or_path, None, Checks.of(kwargs), device=torch_device, **kwargs)
+    tensors = stored.read()
     swap(model, tensors, adapter_name, config, str(model_name_or_path))
 
 
@@ -162,7 +161,7 @@ def _held(layer: AdaptedLayer, path: str, given: Mapping[str, Tensor], work: Exc
     tensors = {n: given.get(f"{path}.{n}", torch.zeros(0 if given else shape)) for n, shape in wanted.items()}
     if any(t.shape != wanted[n] for n, t in tensors.items()):
         return False
-    place = {"device": layer.site.weight.device, "dtype": view.dtype}
+    place = {"device": layer.site.device, "dtype": view.dtype}
     work.held.append((layer, ranked.over({attribute(n): t.to(**place) for n, t in tensors.items()})))
     return True
 
@@ -246,7 +245,7 @@ def prepare_model_for_compiled_hotswap(
         for setting in layer.methods[name].exchangeable:
             value = layer.__dict__.get(setting, {}).get(name)
             if isinstance(value, (int, float)):
-                layer.__dict__[setting][name] = torch.tensor(float(value), device=layer.site.weight.device)
+                layer.__dict__[setting][name] = torch.tensor(float(value), device=layer.site.device)
     for name in dict.fromkeys(n for _, n in ranked):
         _record(configs_of(model)[name], [h for h, n in ranked if n == name], name)
     for other in config.values() if isinstance(config, dict) else [config] if config is not None else []:

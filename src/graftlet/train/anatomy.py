@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..config import PeftConfig
-from ..errors import AdapterFileError
-from ..files import find_file
+from ..errors import ConfigError
+from ..files import find_file, read_tensors
+from ..patterns import fullmatch
 from .page import page, paragraph, section, table, tiles
 from .plots import bars, lines
 from .trainer import WEIGHTS
@@ -57,11 +57,7 @@ def read_anatomy(source: str | Path) -> Facts:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in sorted(file.keys(), key=_natural)}
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{path} cannot be read as safetensors: {error}.") from error
+    return dict(sorted(read_tensors(path).items(), key=lambda pair: _natural(pair[0])))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -84,7 +80,7 @@ def read_changes(source: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors, config = _tensors(find_file(source, WEIGHTS)), json.loads(PeftConfig.from_pretrained(source).to_json())
     found, taken = dict[str, tuple[Tensor, Tensor]](), set[str]()
     for layer, names in _pairs(tensors):
-        A, B = _cells(layer, *(tensors[n] for n in names), config)
+        A, B = _cells(layer, tensors[names[0]], tensors[names[1]], config)
         found[layer] = B * _scaling(layer, A.shape[1], config), A
         taken |= set(names)
     for name in tensors.keys() - taken:
@@ -171,8 +167,8 @@ def _scaling(layer: str, rank: int, config: Facts) -> float:
 
 def _matches(pattern: str, layer: str) -> bool:
     try:
-        return re.match(rf"(.*\.)?({pattern})$", layer) is not None
-    except re.error:
+        return fullmatch(rf"(.*\.)?({pattern})", layer)
+    except ConfigError:
         return False
 
 

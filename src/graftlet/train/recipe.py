@@ -63,9 +63,16 @@ class AdapterTable(Table):
 
 
 class QuantizationTable(Table):
-    """`[quantization]`: how the base's weights are kept. Reserved: this version trains on plain weights."""
+    """`[quantization]`: the base's linear layers kept in few bits by bitsandbytes, which the adapter is trained on (QLoRA)."""
 
-    method: str
+    method: Literal["nf4", "fp4", "int8"]
+    """4 bits with levels for normally distributed weights, 4 bits as floats, or 8 bits (LLM.int8)."""
+    double: bool = True
+    """Quantise the scales of 4 bits as well: 0.4 bits an element less."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What 4-bit layers compute in; `auto` is the model's dtype."""
+    skip: list[str] = []
+    """Names of layers that are left as they are. The output head is, unless others are named."""
 
 
 class Filter(Table):
@@ -132,8 +139,8 @@ class TrainingTable(Table):
     optimizer: str = "adamw_torch"
     """One of transformers' names, or one made for LoRA: loraplus, lorafa, riemannian."""
     optimizer_options: dict[str, Any] = {}
-    """Of loraplus: `ratio` (16), `embedding_lr`, `base` (AdamW, or any class of torch or bitsandbytes); of riemannian:
-    `reg` (0.01), `base`."""
+    """Of loraplus: `ratio` (16), `embedding_lr`, `base` (AdamW, or any class of torch or bitsandbytes, such as AdamW8bit); of
+    lorafa: `base`; of riemannian: `reg` (0.01), `base`. Whatever else is given goes to the optimiser's class."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast. Not needed where the model itself is loaded as bfloat16: the adapter is float32 all the same."""
     packing: bool = False

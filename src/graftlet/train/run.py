@@ -95,7 +95,7 @@ class _Run:
         self._tell_data(data)
         tell_steps(self.recipe, config, self._steps(data))
         with self.stage("model"):
-            base = load_base(folder, self.recipe.model)
+            base = load_base(folder, self.recipe.model, self.recipe.quantization)
             set_seed(self.recipe.seed)
             ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
             pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
@@ -177,11 +177,13 @@ class _Run:
         if checkpoint is not None:
             self.say(f"resuming from {checkpoint}")
         with self.stage("train"):
+            _forget_peak(trainer.args.device)
             try:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 self.progress.close()
                 self.stop.close()
+                self.peak = _peak_memory(trainer.args.device)
         if self.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
             raise TrainingInterrupted(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -198,10 +200,11 @@ class _Run:
 
     def _verify(self, folder: str, args: Any, data: Prepared) -> None:
         with self.stage("verify"):
-            model: Any = PeftModel.from_pretrained(load_base(folder, self.recipe.model), self.recipe.output)
+            base = load_base(folder, self.recipe.model, self.recipe.quantization)
+            model: Any = PeftModel.from_pretrained(base, self.recipe.output)
             self.measure("saved and loaded into a fresh base", model, self._fresh_loss(model, args, data))
             try:
-                merged: Any = model.merge_and_unload(safe_merge=True, progressbar=False)
+                merged: Any = model.merge_and_unload(safe_merge=True, dequantize=True)
             except (ConfigError, MergeError) as why:  # not every method has a merged form
                 self.say(f"not merged: {why}")
                 return
@@ -278,7 +281,7 @@ class _Run:
             "epochs": state.epoch,
             "tokens_an_epoch": tokens,
             "tokens_a_second": state.num_input_tokens_seen / self.seconds["train"] if not checkpoint else None,
-            "peak_memory": _peak_memory(trainer.args.device),
+            "peak_memory": self.peak,
             "resumed_from": str(checkpoint) if checkpoint else None,
             "best_step": int(best.rsplit("-", 1)[1]) if best else None,
         }
@@ -321,6 +324,12 @@ def describe(entry: dict[str, Any], metric: str) -> str:
     if "same_answers" in entry:
         parts.append(f"{entry['same_answers']} of {entry['of']} answers as after training")
     return ", ".join(parts) or "nothing is held out"
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Let the peak be training's own, where the device can count anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: torch.device) -> int:

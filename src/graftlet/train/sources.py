@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where models and data come from: a path, the hub, or a file inside an installed Python package.
 
-A package is never imported: its file is found through its metadata, so no code of it runs.
+A package is never imported, so no code of it runs: its file is found through its metadata, or, where a folder of that name
+lies on Python's path without any, in that folder.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
+import importlib.machinery
 import importlib.metadata
 import os
 import re
@@ -40,17 +42,31 @@ def package_files(source: str, pattern: str = "*") -> list[Path]:
         ConfigError: the package has no such file.
     """
     name, _, inside = source.removeprefix(PACKAGE).partition(":")
-    try:
-        files = importlib.metadata.files(name) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise DependencyError(f"{source!r} needs the package {name!r}: pip install --no-deps {name}") from None
-    names = sorted(str(f) for f in files)
-    found = fnmatch.filter(names, inside or pattern)
+    files = _recorded(name) or _lying(name)
+    if not files:
+        raise DependencyError(f"{source!r} needs the package {name!r}: pip install --no-deps {name}")
+    found = fnmatch.filter(sorted(files), inside or pattern)
     if not found:
-        hint = nearest(inside, names) or "."
+        hint = nearest(inside, sorted(files)) or "."
         raise ConfigError(f"{source!r}: the package {name} has no file {inside or pattern!r}{hint}")
-    home = importlib.metadata.distribution(name)
-    return [Path(str(home.locate_file(f))) for f in found]
+    return [files[f] for f in found]
+
+
+def _recorded(name: str) -> dict[str, Path]:
+    """The files of an installed distribution, by their names in its record."""
+    try:
+        home = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return {str(f): Path(str(home.locate_file(f))) for f in home.files or ()}
+
+
+def _lying(name: str) -> dict[str, Path]:
+    """The files of a package's folder on Python's path, by the same names."""
+    spec = importlib.machinery.PathFinder.find_spec(name.replace("-", "_"))
+    folders = [Path(f) for f in (spec.submodule_search_locations or ())] if spec is not None else []
+    files = [(folder, f) for folder in folders for f in folder.rglob("*") if f.is_file()]
+    return {f.relative_to(folder.parent).as_posix(): f for folder, f in files}
 
 
 def data_files(source: str, folder: Path = Path()) -> list[Path]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MergeError, UnsupportedLayerError
-from .storage import storage_of
+from .storage import Storage, packed, qualified, storage_of, unusable
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
@@ -53,14 +53,18 @@ class Site:
 
     def __init__(self, module: nn.Module, name: str = "weight", bias: str | None = "bias") -> None:
         self.module, self.name, self.bias = module, name, bias
-        self.storage = storage_of(module, name)
 
     # the weight
 
     @property
+    def storage(self) -> Storage:
+        """How the weight is kept now: a layer may be quantised after it was adapted."""
+        return storage_of(self.module, self.name)
+
+    @property
     def shape(self) -> torch.Size:
         """`(out, in, *kernel)`, or `(experts, out, in)` for a stack."""
-        return self.canonical(torch.empty(getattr(self.module, self.name).shape, device="meta")).shape
+        return self.canonical(torch.empty(self.storage.shape(self.module, self.name), device="meta")).shape
 
     @property
     def features_out(self) -> int:
@@ -86,8 +90,18 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The tensor as kept; its device and dtype place the adapter."""
-        return getattr(self.module, self.name)
+        """The tensor as kept, which may be packed."""
+        return self.storage.tensor(self.module, self.name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is, and its adapters."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the layer computes in, and what its weight is read in."""
+        return self.storage.dtype(self.module, self.name)
 
     def canonical(self, kept: Tensor) -> Tensor:
         """The kept layout as `[out, in, *kernel]`."""
@@ -98,8 +112,20 @@ class Site:
         return canonical
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """Weight `[out, in, *kernel]` and bias `[out]` or None, in floating point."""
+        """Weight `[out, in, *kernel]` and bias `[out]` or None, in floating point.
+
+        Raises `UnsupportedLayerError` where the way it is kept lets nobody read it.
+        """
+        self.check_readable()
         return self.canonical(self.storage.read(self.module, self.name)), self.read_bias()
+
+    def check_readable(self, who: str = "this") -> None:
+        """Raise `UnsupportedLayerError` unless the weight can be read, which `who` needs."""
+        if why := self.storage.unreadable(self.module, self.name):
+            raise UnsupportedLayerError(
+                f"{who} reads the layer's weight, and that of a {type(self.module).__name__} cannot be read: {why}. "
+                "A method that never reads it, such as LoRA or HRA, works on this layer."
+            )
 
     def read_bias(self) -> Tensor | None:
         """The bias `[out]`, where there is one."""
@@ -107,6 +133,8 @@ class Site:
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Keep another weight and bias. Raises `MergeError` where the layer has no room for them."""
+        if why := self.storage.unwritable(self.module, self.name):
+            raise MergeError(f"the weight of a {type(self.module).__name__} cannot be written: {why}.")
         if bias is not None and not self.has_bias:
             raise MergeError(
                 f"the adapter changes the bias of a {type(self.module).__name__} that has none; "
@@ -130,7 +158,7 @@ class Site:
 
     def original(self, saved: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they were when `saved` was made."""
-        return self.canonical(saved[0]), saved[1]
+        return self.canonical(self.storage.recall(self.module, self.name, saved[0])), saved[1]
 
     # the operation
 
@@ -237,7 +265,7 @@ class Conv(Site):
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        return tuple(getattr(self.module, self.name).shape[2:])
+        return tuple(self.storage.shape(self.module, self.name)[2:])
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         module = cast(nn.Conv2d, self.module)
@@ -432,10 +460,13 @@ KINDS: tuple[type[Site], ...] = (Linear, Conv1D, Conv, Embedding, Attention)
 
 
 def site_of(module: nn.Module) -> Site | None:
-    """The site of a module, found by the names of its class and bases, most special first; None where there is none."""
+    """The site of a module, found by the names of its class and bases, most special first; None where there is none.
+
+    A class of a quantised back end that derives from none of them is a linear layer.
+    """
     for base in type(module).__mro__:
-        name = f"{base.__module__}.{base.__qualname__}"
+        name = qualified(base)
         for kind in KINDS:
             if name in kind.kinds:
                 return kind(module)
-    return None
+    return Linear(module) if packed(module) and unusable(module) is None else None

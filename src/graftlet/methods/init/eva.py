@@ -29,6 +29,9 @@ from ..data.stream import Data, call, check_all_seen, linear_layers, rank_of, wa
 from . import start
 from .basic import zero_start
 
+PASSES = 4
+"""How often the same data is gone through at most."""
+
 
 @dataclass(kw_only=True)
 class EvaConfig:
@@ -110,7 +113,7 @@ def get_eva_state_dict(
 
     Args:
         model: any module, with or without adapters. dataloader: batches, gone through until every layer has settled,
-            or a function that runs the model.
+            four times at most, or a function that runs the model.
         peft_config: which layers, at what rank; read off the adapter `adapter_name` unless given.
         forward_fn: calls the model with a batch. prepare_model_inputs_fn: from a batch and the config, what
             prepare_layer_inputs_fn (one, or one a layer) gets beside a layer's input and path, to give rows `[n, in]`.
@@ -154,12 +157,15 @@ def _until_settled(
     tell: Callable[[], None],
     cache: str | Path | None,
 ) -> None:
-    """Go through the data, again where it can be gone through again, until no layer's directions turn any more."""
+    """Go through the data, again where it can be gone through again, until no layer's directions turn any more, or it
+    has been seen `PASSES` times."""
     if cache is not None and Path(cache).exists():
         for path, state in torch.load(cache, map_location="cpu", weights_only=True).items():
             if path in found:
                 found[path].restore(state)
+    passes = 0
     while not all(d.settled for d in found.values()):
+        passes += 1
         before = sum(d.count for d in found.values())
         for batch in [data] if callable(data) else data:
             run(batch)
@@ -170,6 +176,8 @@ def _until_settled(
             torch.save({path: d.state() for path, d in found.items()}, cache)
         if sum(d.count for d in found.values()) == before:
             break  # data that is used up, or too few rows for a direction
+        if passes == PASSES:
+            break  # the same rows again: what turns still are directions that explain about as much as each other
     check_all_seen(found, [k for k, d in found.items() if d.count])
 
 

@@ -27,7 +27,7 @@ def applied(x: Tensor, values: Tensor, places: Tensor, site: Site) -> Tensor:
 
 def few(x: Tensor, values: Tensor, site: Site) -> bool:
     """Whether to go place by place: there are few inputs, and each is a row."""
-    return not site.kernel and x.is_floating_point() and x[..., 0].numel() * values.numel() <= site.weight.numel()
+    return not site.kernel and x.is_floating_point() and x[..., 0].numel() * values.numel() <= site.shape.numel()
 
 
 def scattered(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, height: int) -> Tensor:

@@ -46,7 +46,7 @@ class DoRA(Wrapper, Rewrite):
         return rebased
 
     def _stack_delta(self, p: View) -> Tensor:
-        zero = torch.zeros(p.site.shape, device=p.site.weight.device)
+        zero = torch.zeros(p.site.shape, device=p.site.device)
         return self.inner.apply(p, zero, None)[0]
 
     def stacked(self, name: str, spec: Spec, experts: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,12 +57,43 @@ def eight_bit(optimizer_cls: type[Optimizer]) -> bool:
 
 def keep_embeddings_exact(model: nn.Module) -> None:
     """Let bitsandbytes keep the optimiser's state of embeddings in 32 bits: in 8 they are unstable."""
-    import bitsandbytes  # pyright: ignore[reportMissingImports]  an 8-bit optimiser is in hand
+    import bitsandbytes  # an 8-bit optimiser is in hand
 
-    manager: Any = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    optim: Any = bitsandbytes.optim
+    manager = optim.GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+class Turning(Optimizer):
+    """Comes before an optimiser class, and turns the gradients before each of its steps."""
+
+    turn: Callable[[], None]
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            raise ConfigError("step takes no closure here: it would make new gradients after these were turned.")
+        self.turn()
+        return super().step()
+
+
+def turning(kind: type[Optimizer], turn: Callable[[], None], model: nn.Module, prefix: str, **kwargs: Any) -> Optimizer:
+    """An optimiser of a class over all that learns in a model, whose steps see gradients that `turn` has changed.
+
+    Raises `ConfigError` where the class is no optimiser, or needs a closure.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Optimizer)):
+        raise ConfigError(f"optimizer_cls={kind!r} is no subclass of torch.optim.Optimizer.")
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(f"{kind.__name__} needs a closure, which makes new gradients within a step.")
+    made: Any = type(f"{prefix}{kind.__name__}", (Turning, kind), {})
+    optimizer = made([p for p in model.parameters() if p.requires_grad], **kwargs)
+    optimizer.turn = turn
+    if eight_bit(kind):
+        keep_embeddings_exact(model)
+    return optimizer
 
 
 Make = Callable[[nn.Module, float, float, dict[str, Any]], Optimizer]

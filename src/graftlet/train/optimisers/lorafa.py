@@ -2,13 +2,14 @@
 """LoRA-FA: A is frozen, and B's gradient is corrected for it (arXiv 2308.03303, LoRA-FA).   gB <- gB (A A^T)^-1 / s^2
 
 With A frozen, the input of a layer need not be kept for its gradient: only A x, of r numbers a token. The correction makes
-the change of the weight the nearest to that of full fine-tuning. The step itself is AdamW's.
+the change of the weight the nearest to that of full fine-tuning. The step itself is AdamW's, or that of any class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...errors import ConfigError
-from . import Factors, check_pairs
+from . import Factors, check_pairs, optimiser_class, turning
 
 DAMPING = 1e-8
 
@@ -60,17 +61,9 @@ class LoraFAOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, self._corrected(parameter), group)
+                    pair = self.factors.get(id(parameter))
+                    self._move(parameter, parameter.grad if pair is None else corrected(pair), group)
         return loss
-
-    def _corrected(self, parameter: Tensor) -> Tensor:
-        pair = self.factors.get(id(parameter))
-        if pair is None:
-            return parameter.grad  # pyright: ignore[reportReturnType]
-        A = pair.A.float()
-        damped = A @ A.T + DAMPING * torch.eye(len(A), device=A.device)
-        grad = parameter.grad.float() @ torch.linalg.pinv(damped, hermitian=True)  # pyright: ignore[reportOptionalMemberAccess]
-        return (grad / pair.scaling**2).to(parameter.dtype)
 
     def _move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state, (b1, b2) = self.state[parameter], group["betas"]
@@ -87,6 +80,23 @@ class LoraFAOptimizer(Optimizer):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
 
 
+def corrected(pair: Factors) -> Tensor:
+    """B's gradient with the frozen A taken into account."""
+    assert pair.B.grad is not None
+    A = pair.A.float()
+    damped = A @ A.T + DAMPING * torch.eye(len(A), device=A.device)
+    grad = pair.B.grad.float() @ torch.linalg.pinv(damped, hermitian=True)
+    return (grad / pair.scaling**2).to(pair.B.dtype)
+
+
+@torch.no_grad()
+def correct(factors: Sequence[Factors]) -> None:
+    """Correct the gradients of these pairs' B in place."""
+    for pair in factors:
+        if pair.B.grad is not None:
+            pair.B.grad.copy_(corrected(pair))
+
+
 def create_lorafa_optimizer(
     model: nn.Module,
     r: int | None = None,
@@ -94,21 +104,30 @@ def create_lorafa_optimizer(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     use_rslora: bool | None = None,
+    optimizer_cls: type[Optimizer] | None = None,
+    **kwargs: Any,
 ) -> Optimizer:
     """Freeze every `lora_A` of a model, and make the optimiser for the rest.
 
+    optimizer_cls: the class whose steps are made, given `kwargs`; unless it is said, AdamW with the decay after the step.
     r, lora_alpha, use_rslora: kept for callers of the reference; each layer's own scaling is used.
     """
     found = check_pairs(model, "lorafa")
     for pair in found:
         pair.A.requires_grad_(False)
-    optimizer = LoraFAOptimizer([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    if optimizer_cls is not None:
+        values = {"lr": lr, "weight_decay": weight_decay, **kwargs}
+        return turning(optimizer_cls, partial(correct, found), model, "LoraFA", **values)
+    optimizer = LoraFAOptimizer(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay, **kwargs
+    )
     optimizer.factors = {id(pair.B): pair for pair in found}
     return optimizer
 
 
 def for_recipe(model: nn.Module, lr: float, weight_decay: float, options: dict[str, Any]) -> Optimizer:
-    """LoRA-FA as a recipe asks for it; it has no options."""
-    if options:
-        raise ConfigError(f"optimizer 'lorafa' takes no options; {', '.join(options)} was given.")
-    return create_lorafa_optimizer(model, lr=lr, weight_decay=weight_decay)
+    """LoRA-FA as a recipe asks for it: `base` (an optimiser's class; LoRA-FA's own AdamW unless given)."""
+    options = dict(options)
+    base = options.pop("base", None)
+    kind = None if base is None else optimiser_class(base)
+    return create_lorafa_optimizer(model, lr=lr, weight_decay=weight_decay, optimizer_cls=kind, **options)

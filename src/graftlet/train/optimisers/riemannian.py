@@ -6,8 +6,8 @@ The step is then the same however the product is split into its factors. It cost
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...errors import ConfigError
-from . import Factors, check_pairs, optimiser_class
+from . import Factors, check_pairs, optimiser_class, turning
 
 
 def create_riemannian_optimizer(
@@ -30,35 +30,12 @@ def create_riemannian_optimizer(
         ConfigError: the class is no optimiser or needs a closure; no trained LoRA pair is there. A step with a closure,
             which would make new gradients after they were preconditioned.
     """
-    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
-        raise ConfigError(f"optimizer_cls={optimizer_cls!r} is no subclass of torch.optim.Optimizer.")
-    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ConfigError(f"{optimizer_cls.__name__} needs a closure, which makes new gradients within a step.")
     if reg < 0:
         raise ConfigError(f"reg={reg!r}; 0 or more is needed.")
     found = [f for f in check_pairs(model, "the Riemannian optimiser") if f.A.requires_grad and f.B.requires_grad]
     if not found:
         raise ConfigError("the Riemannian optimiser needs a LoRA pair both of whose matrices learn.")
-    made: Any = type(f"Riemannian{optimizer_cls.__name__}", (_Preconditioned, optimizer_cls), {})
-    optimizer = made([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)
-    optimizer.factors, optimizer.reg = found, reg
-    return optimizer
-
-
-class _Preconditioned(Optimizer):
-    """Comes before an optimiser class, and turns the gradients before each of its steps."""
-
-    factors: Sequence[Factors] = ()
-    reg: float = 0.0
-
-    def step(self, closure: Any = None) -> Any:
-        if closure is not None:
-            raise ConfigError(
-                "step takes no closure here: it would make new gradients after these were preconditioned."
-            )
-        precondition(self.factors, self.reg)
-        return super().step()
+    return turning(optimizer_cls, partial(precondition, found, reg), model, "Riemannian", lr=lr, **kwargs)
 
 
 @torch.no_grad()

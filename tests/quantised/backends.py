@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantised layers that tests run on: every back end whose package is here and works on this machine."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def present(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even what it is in
+        return False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to quantise a linear layer.
+
+    make: the layer, quantised; the given one is left alone. call: how far its output may be from the product with what is
+    read, relative to the largest output. rounding: how much of a normally distributed weight its rounding loses at most,
+    as a share of the norm.
+    """
+
+    name: str
+    needs: str
+    make: Callable[[nn.Linear], nn.Module]
+    call: float
+    rounding: float
+    copies: bool = True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def four_bit(
+    quant_type: str, nested: bool, words: torch.dtype = torch.uint8, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A `Linear4bit` of a layer."""
+
+    def make(plain: nn.Linear) -> nn.Module:
+        import bitsandbytes as bnb
+
+        made = bnb.nn.Linear4bit(
+            plain.in_features,
+            plain.out_features,
+            bias=plain.bias is not None,
+            compute_dtype=dtype,
+            compress_statistics=nested,
+            quant_type=quant_type,
+            quant_storage=words,
+        )
+        made.load_state_dict(plain.state_dict())
+        return made.to(dtype).to("cpu")
+
+    return make
+
+
+def eight_bit(plain: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    made = bnb.nn.Linear8bitLt(plain.in_features, plain.out_features, plain.bias is not None, has_fp16_weights=False)
+    made.load_state_dict(plain.state_dict())
+    return made.to("cpu")
+
+
+def torchao(config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
+    """A layer whose weight torchao quantised."""
+
+    def make(plain: nn.Linear) -> nn.Module:
+        from torchao.quantization import quantize_
+
+        made = copy.deepcopy(plain).to(dtype)
+        quantize_(made, config())
+        return made
+
+    return make
+
+
+def int8() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
+def fp8() -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return Float8WeightOnlyConfig()
+
+
+def int4() -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+def nvfp4() -> Any:
+    from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
+
+    return NVFP4WeightOnlyConfig()
+
+
+def quanto(weights: str) -> Any:
+    """A `QLinear` of a layer, frozen."""
+
+    def make(plain: nn.Linear) -> nn.Module:
+        from optimum import quanto
+
+        made = nn.Sequential(copy.deepcopy(plain))
+        quanto.quantize(made, weights=getattr(quanto, weights))
+        quanto.freeze(made)
+        return made[0]
+
+    return make
+
+
+BACKENDS = [
+    b
+    for b in [
+        Backend("nf4", "bitsandbytes", four_bit("nf4", False), 1e-5, 0.11),
+        Backend("nf4-double", "bitsandbytes", four_bit("nf4", True), 1e-5, 0.11),
+        Backend("nf4-words", "bitsandbytes", four_bit("nf4", True, torch.bfloat16), 1e-5, 0.11),
+        Backend("nf4-brain", "bitsandbytes", four_bit("nf4", True, dtype=torch.bfloat16), 2e-2, 0.11),
+        Backend("fp4", "bitsandbytes", four_bit("fp4", True), 1e-5, 0.15),
+        Backend("int8", "bitsandbytes", eight_bit, 2e-2, 0.02),
+        Backend("ao-int8", "torchao", torchao(int8), 1e-5, 0.02),
+        Backend("ao-int8-brain", "torchao", torchao(int8, torch.bfloat16), 2e-2, 0.02),
+        Backend("ao-fp8", "torchao", torchao(fp8), 1e-5, 0.04),
+        Backend("ao-int4", "torchao", torchao(int4), 1e-5, 0.11),
+        Backend("ao-nvfp4", "torchao", torchao(nvfp4), 1e-5, 0.13),
+        Backend("quanto-int8", "optimum.quanto", quanto("qint8"), 1e-5, 0.02, False),
+        Backend("quanto-fp8", "optimum.quanto", quanto("qfloat8"), 1e-5, 0.04, False),
+        Backend("quanto-int4", "optimum.quanto", quanto("qint4"), 1e-5, 0.15, False),
+        Backend("quanto-int2", "optimum.quanto", quanto("qint2"), 1e-5, 0.6, False),
+    ]
+    if present(b.needs)
+]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How weights are kept: every back end that runs here reads, writes and brings back a weight as it says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from graftlet.weights.site import Linear, site_of
+from graftlet.weights.storage import PLAIN, storage_of
+
+from .backends import BACKENDS, Backend
+
+OUT, IN = 96, 128
+
+
+def bits(layer: nn.Module) -> dict[str, bytes]:
+    """All that a layer keeps, as it is kept."""
+    return {k: packed(v) for k, v in layer.state_dict().items() if isinstance(v, torch.Tensor)}
+
+
+def packed(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor, or of all the tensors that one of a special kind consists of."""
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    if parts is not None:
+        return b"".join(packed(getattr(tensor, name)) for name in parts()[0])
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.fixture(params=BACKENDS, ids=str)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+def test_a_quantised_layer_is_a_linear_site(backend: Backend) -> None:
+    plain = nn.Linear(IN, OUT)
+    site = site_of(backend.make(plain))
+    assert isinstance(site, Linear)
+    assert site.storage is not PLAIN
+    assert site.storage.backend
+    assert site.shape == (OUT, IN)
+    assert (site.features_out, site.features_in, site.has_bias) == (OUT, IN, True)
+    assert site.dtype.is_floating_point
+    assert site.device == torch.device("cpu")
+
+
+def test_what_is_read_is_what_the_layer_computes_with(backend: Backend) -> None:
+    layer = backend.make(nn.Linear(IN, OUT))
+    site = site_of(layer)
+    assert site is not None
+    W, b = site.read()
+    assert (W.shape, W.dtype) == ((OUT, IN), site.dtype)
+    x = torch.randn(5, IN)
+    expected = nn.functional.linear(x, W.float(), b.float() if b is not None else None)
+    assert (layer(x) - expected).abs().max() <= backend.call * expected.abs().max()
+
+
+def test_a_weight_that_is_written_is_read_back_to_its_precision(backend: Backend) -> None:
+    site = site_of(backend.make(nn.Linear(IN, OUT)))
+    assert site is not None
+    meant = torch.randn(OUT, IN) / 5
+    before = site.weight
+    site.write(meant, None)
+    found = site.read()[0]
+    assert 0 < (found - meant).norm() / meant.norm() <= backend.rounding
+    assert type(site.weight) is type(before)
+
+
+def test_what_was_saved_comes_back_to_the_bit(backend: Backend) -> None:
+    layer = backend.make(nn.Linear(IN, OUT))
+    site = site_of(layer)
+    assert site is not None
+    state = bits(layer)
+    x = torch.randn(5, IN)
+    W, y = site.read()[0].clone(), layer(x)
+    saved = site.save()
+    site.write(torch.randn(OUT, IN), None)
+    assert not torch.equal(layer(x), y)
+    assert torch.equal(site.original(saved)[0], W)
+    assert not torch.equal(site.read()[0], W)
+    site.restore(saved)
+    assert torch.equal(site.read()[0], W)
+    assert torch.equal(layer(x), y)
+    assert bits(layer) == state
+
+
+def test_a_copy_shares_nothing(backend: Backend) -> None:
+    if not backend.copies:
+        pytest.skip("the back end's own tensors cannot be copied")
+    layer = backend.make(nn.Linear(IN, OUT))
+    other = copy.deepcopy(layer)
+    site, twin = site_of(layer), site_of(other)
+    assert site is not None
+    assert twin is not None
+    W = site.read()[0].clone()
+    twin.write(torch.randn(OUT, IN), None)
+    assert torch.equal(site.read()[0], W)
+    assert not torch.equal(twin.read()[0], W)
+
+
+def test_an_ordinary_layer_is_plain() -> None:
+    assert storage_of(nn.Linear(2, 2)) is PLAIN
+    assert storage_of(nn.LayerNorm(2)) is PLAIN
+    assert storage_of(nn.Identity()) is PLAIN
