@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,43 +49,3 @@ class Group:
             return y
         gain = self.gain.index_select(0, owner).reshape(len(x), *[1] * (x.dim() - 2), -1)
         return plain() * (gain - 1) + y * gain
-
-
-class LastGroup:
-    """The group that a layer used last, for as long as all that it was made from is the same.
-
-    It is kept in inference alone. What it was made from is known by place and version, so it does not see what is written
-    through a tensor's `.data`. A copy of a layer starts without.
-    """
-
-    def __init__(self) -> None:
-        self._held: tuple[list[Any], list[Any], Group] | None = None
-
-    def clear(self) -> None:
-        """Forget it."""
-        self._held = None
-
-    def get(self, sources: list[Any], make: Callable[[], Group | None]) -> Group | None:
-        """The group of these sources (tensors, and plain values that are compared), made where it is not at hand."""
-        idle = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if idle or any(isinstance(s, Tensor) and s.is_inference() for s in sources):
-            return make()
-        held, marks = self._held, [_mark(s) for s in sources]
-        if held is not None and held[1] == marks:
-            return held[2]
-        made = make()
-        kept = [s.detach() for s in sources if isinstance(s, Tensor)]  # so that no other tensor comes to their places
-        self._held = None if made is None else (kept, marks, made)
-        return made
-
-    def __deepcopy__(self, memo: Any) -> LastGroup:
-        return LastGroup()
-
-    def __reduce__(self) -> tuple[type[LastGroup], tuple[()]]:
-        return LastGroup, ()
-
-
-def _mark(source: Any) -> Any:
-    if isinstance(source, Tensor):
-        return (source.data_ptr(), source._version, source.dtype, source.shape)
-    return source

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -104,12 +105,7 @@ class Plan:
         return list({type(i.branch.method): i.branch.method for i in self.items if i.branch is not None}.values())
 
     def _build_commons(self, meta: bool, widen: bool) -> None:
-        branches = {i.branch.key: i for i in self.items if i.branch is not None and i.site is not None}
-        sites = {key: item.site for key, item in branches.items() if item.site is not None}
-        for method in self.methods():
-            specs = method.commons(self.config, sites)
-            if not specs:
-                continue
+        for method, sites, specs in self._sharing():
             like = next(iter(sites.values()))
             made = {n: as_held(_empty(s.shape, s, like, meta, widen), s) for n, s in specs.items()}
             if not meta or any(not s.saved for s in specs.values()):
@@ -117,6 +113,24 @@ class Plan:
                 with torch.no_grad():
                     method.init_commons(self.config, made)
             self.commons.update({n: (specs[n], made[n]) for n in specs})
+
+    def _sharing(self) -> Iterator[tuple[Method, dict[str, Site], dict[str, Spec]]]:
+        """The methods whose layers share tensors, with the layers' sites and what they share."""
+        branches = {i.branch.key: i for i in self.items if i.branch is not None and i.site is not None}
+        sites = {key: item.site for key, item in branches.items() if item.site is not None}
+        for method in self.methods():
+            if specs := method.commons(self.config, sites):
+                yield method, sites, specs
+
+    @torch.no_grad()
+    def share_on(self, device: torch.device | str) -> None:
+        """Put what the layers share on a device, made anew: the layers themselves may be on meta, and stay there."""
+        for method, _, specs in self._sharing():
+            empty = {n: torch.empty_like(self.commons[n][1], device=device) for n in specs}
+            made = {n: as_held(t, specs[n]) for n, t in empty.items()}
+            method.init_commons(self.config, made)
+            self.commons.update({n: (specs[n], made[n]) for n in specs})
+        self._apply_commons()
 
     def apply(self) -> Plan:
         """Put the built tensors into the model, making wrappers where there are none."""

@@ -7,7 +7,6 @@ stage can be called, and can tell its weight: merging writes the last stage's we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,13 +19,13 @@ from ..weights.rounding import note
 from ..weights.site import Site
 from ..weights.storage import MARKS
 from .context import BASE, Call, current, using
-from .group import Group, LastGroup
 from .host import hosts
 from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
 from .replace import Replacement
 from .scales import Scales
 from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, renamed, split
+from .together import Peers, Together
 
 
 @dataclass
@@ -125,29 +124,13 @@ class Adapted:
         return None
 
 
-class Peers(Mapping[str, tuple[Method, View]]):
-    """The adapters of a layer by name, each with its method and its view, which is made when it is asked for."""
-
-    def __init__(self, layer: AdaptedLayer) -> None:
-        self._layer = layer
-
-    def __getitem__(self, name: str) -> tuple[Method, View]:
-        return self._layer.methods[name], self._layer.view(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layer.methods)
-
-    def __len__(self) -> int:
-        return len(self._layer.methods)
-
-
 def widened(W: Tensor, b: Tensor | None) -> Weights:
     """Weights in at least single precision, so that deltas add up before anything is rounded."""
     dtype = torch.promote_types(W.dtype, torch.float32)
     return W.to(dtype), None if b is None else b.to(dtype)
 
 
-class AdaptedLayer(Scales, Boxes):
+class AdaptedLayer(Together, Scales, Boxes):
     """A base layer with adapters on one of its weights.
 
     Tensors stand parameter-major (`self.lora_A["default"]`), settings likewise (`self.scaling["default"]`); a method
@@ -167,7 +150,6 @@ class AdaptedLayer(Scales, Boxes):
         self._trained: dict[str, list[tuple[str, list[str], str]]] = {}  # where what learns stands: box, modules, name
         self.commons: dict[str, dict[str, Common]] = {}
         self._peers = Peers(self)
-        self._last = LastGroup()
         self.kept: Kept | None = None  # what brings the base's weight back from what is merged into it
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
@@ -408,50 +390,6 @@ class AdaptedLayer(Scales, Boxes):
                 parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
-    def _together(self, call: Call, groups: list[tuple[str, Tensor]], x: Tensor, whole: Base) -> Tensor | None:
-        """A mixed batch whose adapters are computed all at once; None where their method cannot do that."""
-        names = tuple(name for name, _ in groups if name in self.methods)
-        kinds = {type(self.methods[name]) for name in names}
-        if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
-            return None
-        group = self._group(names, whole) if x.is_floating_point() else None
-        if group is None:
-            return None
-        rows, owner = call.which(names, len(x), x.device)
-        every, y = len(rows) == len(x), whole(x)
-
-        def plain() -> Tensor:
-            own, b = y if every else y.index_select(0, rows), whole.bias()
-            return own if b is None else own - b
-
-        added = group.added(x if every else x.index_select(0, rows), owner, plain)
-        wide = y.to(torch.promote_types(y.dtype, added.dtype))
-        return (wide + added if every else wide.index_add(0, rows, added.to(wide.dtype))).to(y.dtype)
-
-    def _group(self, names: tuple[str, ...], whole: Base) -> Group | None:
-        """Adapters as one computation, kept from call to call while nothing that they are made from has changed."""
-        method = self.methods[names[0]]
-
-        def make() -> Group | None:
-            return method.grouped([self.view(name) for name in names], whole)
-
-        sources: list[Any] = [names, self.training, self.cast_input_dtype_enabled, self.site.weight]
-        for name in names:
-            sources += self._sources(name)
-        return self._last.get(sources, make)
-
-    def _sources(self, name: str) -> Iterator[Any]:
-        """All that an adapter's view is made from."""
-        boxes: dict[str, Any] = self._modules
-        yield self.methods[name]
-        for key in self.settings[name]:
-            yield self.__dict__[key][name] if key in self.__dict__ else boxes[key][name]
-        for _, box, entry, _ in self._reads[name]:
-            held = boxes[box][name]
-            yield held if entry is None else held[entry]
-        for common in self.commons.get(name, {}).values():
-            yield from common.tensors(name).values()
-
     def effective(self) -> Weights:
         """Weight and bias as adapted now, in the layer's own layout and dtype."""
         call = current()
@@ -494,6 +432,10 @@ class AdaptedLayer(Scales, Boxes):
             W, _ = leader.merged_weight(names)  # the very bits, so that the weights can be shared again
             return self.site.canonical(leader.site.kept(W)), self.original()[1]
         return self._stages(names, Base(self, pure=True)).weight()
+
+    def leaders(self, name: str) -> list[AdaptedLayer]:
+        """The layer whose tensors and weight an adapter's are here, where there is one."""
+        return self._leaders.get(name, [])
 
     def _leader(self, names: list[str]) -> AdaptedLayer | None:
         """The layer that shares this one's weight and holds all of these adapters; None where there is none."""

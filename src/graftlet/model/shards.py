@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from ..core.host import AdapterHost, hosts
 from ..core.layer import AdaptedLayer
 from ..core.merging import exactly
 from ..core.method import Method, Replace
-from ..core.replace import Replacement
+from ..core.tensors import Common, as_held, attribute
 from ..core.ties import tied
 from ..errors import AdapterFileError, MergeError, UnsupportedOptionError
 from ..files import write_atomically
 from ..registry import lookup
-from . import save
+from . import embeddings, save
 from .peft_model import PeftModel
 
 MANIFEST = "merging.json"
@@ -57,54 +57,95 @@ class Merge:
         self.shard_size, self.device = shard_size, device
         self.config = PeftConfig.from_pretrained(adapter)
         self.files = base_files(base)
+        self.names: dict[
+            str, str
+        ] = {}  # what a tensor is called in the files, where they have it once for several places
         self.state: dict[str, Tensor] = dict(skeleton.state_dict())
         self.dtypes = {k: t.dtype for k, t in self.state.items()}
-        self.keys = {id(t): k for k, t in reversed(list(skeleton.named_parameters(remove_duplicate=False)))}
+        self.parameters = dict(skeleton.named_parameters(remove_duplicate=False))
+        self.brought: dict[str, Tensor] = {}  # embeddings that stand whole in the adapter's file
+        self.modules = {id(module): path for path, module in skeleton.named_modules()}
+        self.tied = [[f"{path}.{name}" for path, name in group.places] for group in tied(skeleton)]
         self._check()
         self.tensors = save.load_peft_weights(adapter, device)
         state.check_finite(self.tensors, adapter)
         self.paths: dict[AdapterHost, str] = {}
         self.owners = self._owners()
         self._made: dict[str, Tensor] = {}
+        self.parted = [keys for keys in self.tied if not self._alike(keys)]
 
     def _check(self) -> None:
-        shared = {f"{path}.{name}" for group in tied(self.skeleton) for path, name in group.places}
+        for keys in self.tied:  # one of them stands in the files
+            held = [k for k in keys if k in self.files]
+            self.files.update({k: self.files[held[0]] for k in keys if held})
+            self.names.update({k: held[0] for k in keys if held and k not in held})
         if strange := [k for k in self.files if k not in self.state]:
             raise UnsupportedOptionError(f"the base's files have other tensors than the model, such as {strange[0]}")
-        if lacking := [k for k in self.state if k not in self.files and k not in shared]:
+        if lacking := [k for k in self.state if k not in self.files]:
             raise UnsupportedOptionError(f"the base's files lack {lacking[0]}")
+        paths = dict(self.skeleton.named_modules(remove_duplicate=False))
+        if len(paths) > len(self.modules):
+            raise UnsupportedOptionError("the model uses a module in several places")
         method = lookup(self.config.peft_type).method
         if not issubclass(method, (Method, Replace)) or self.config.bias != "none" or self.config.layer_replication:
             raise UnsupportedOptionError(f"{self.config.peft_type} of this kind changes more than the adapted layers")
-        derived = issubclass(method, Method) and method().derived(self.config)
-        if derived or self.config.trainable_token_indices:
-            raise UnsupportedOptionError(f"a part of the {self.config.peft_type} adapter is not in its file")
+        if self.config.trainable_token_indices:
+            raise UnsupportedOptionError(f"the {self.config.peft_type} adapter replaces tokens, which layers share")
 
     def _owners(self) -> dict[str, AdapterHost]:
         """The layers, by the key of each tensor that merging may change."""
-        shared = {id(group.parameter) for group in tied(self.skeleton)}
-        model = PeftModel(self.skeleton, self.config, NAME, low_cpu_mem_usage=True, _init=False)
+        try:
+            model = PeftModel(self.skeleton, self.config, NAME, low_cpu_mem_usage=True, _init=False)
+        except NotImplementedError as error:  # what torch raises for a tensor on meta
+            raise UnsupportedOptionError(f"{self.config.peft_type} looks at the weights as it is put in") from error
         self.paths = {host: path for path, host in hosts(model)}
+        wanted = state.slots(model, NAME, self.config, self.tensors)
+        self.tensors = embeddings.without_levels(self.tensors, wanted, NAME)
         given = state.unpacked(model, NAME, self.tensors)
-        if complaints := state.fit(state.slots(model, NAME, self.config, given), given).complaints():
+        whole = embeddings.slots(model, given)
+        if complaints := state.fit({**wanted, **whole}, given).complaints():
             raise AdapterFileError(f"{self.adapter} does not fit {self.base}: {'; '.join(complaints)}.")
+        self._share(model, {k: slot for k, slot in wanted.items() if isinstance(slot.host, Common)}, given)
+        brought = {id(slot.tensor): given[key] for key, slot in whole.items()}
+        self.brought = {key: brought[id(p)] for key, p in self.parameters.items() if id(p) in brought}
         found: dict[str, AdapterHost] = {}
         for host in self.paths:
             if isinstance(host, AdaptedLayer):
                 self._check_layer(host)
-                held = [t for t in (host.site.weight, host.site.read_bias()) if t is not None]
+                names = [host.site.name, *([host.site.bias] if host.site.has_bias and host.site.bias else [])]
+                found.update({self._key(host.site.module, name): host for name in names})
             else:
-                held = list(host.base.parameters())
-            if any(id(t) in shared for t in held):
-                raise UnsupportedOptionError("the adapter is on a weight that layers share")
-            found.update({self.keys[id(t)]: host for t in held})
+                found.update({self._key(host.base, name): host for name, _ in host.base.named_parameters()})
         return found
 
+    def _share(self, model: PeftModel, wanted: dict[str, Any], given: dict[str, Tensor]) -> None:
+        """What all layers of the adapter share is made once, and stays."""
+        tuner = model.tuner
+        if tuner is not None and tuner.pending is not None and tuner.pending[0].commons:
+            tuner.pending[0].share_on(self.device)
+            state.fill(wanted, given, NAME)
+
+    def _key(self, module: nn.Module, name: str) -> str:
+        """The key in the model of a tensor of one of its modules."""
+        path = self.modules[id(module)]
+        return f"{path}.{name}" if path else name
+
     def _check_layer(self, layer: AdaptedLayer) -> None:
-        if why := layer.methods[NAME].unmergeable:
+        method = layer.methods[NAME]
+        if why := method.unmergeable:
             raise MergeError(f"the adapter cannot be merged: {why}.")
-        if layer.commons.get(NAME) or any(not spec.saved for spec in layer.specs[NAME].values()):
-            raise UnsupportedOptionError(f"{self.config.peft_type} has tensors that are not a layer's own")
+        derived = method.derived(self.config)
+        if derived and (layer.commons.get(NAME) or method.follows_ties):
+            raise UnsupportedOptionError(f"{self.config.peft_type} makes tensors of all layers' weights together")
+        if not derived and any(not spec.saved for spec in layer.specs[NAME].values()):
+            raise UnsupportedOptionError(f"{self.config.peft_type} has tensors that are made of all layers together")
+
+    def _alike(self, keys: list[str]) -> bool:
+        """Whether places that share a tensor still do after merging."""
+        if not any(key in self.owners for key in keys):
+            return True
+        first, *rest = [self._result(key) for key in keys]
+        return all(t.equal(first) for t in rest)
 
     # the work
 
@@ -155,8 +196,8 @@ class Merge:
         """The tensors of each file, as transformers splits a model that it has read; what is tied stands there once."""
         from huggingface_hub import split_state_dict_into_shards_factory
 
-        again = {f"{path}.{name}" for group in tied(self.skeleton) for path, name in group.places[1:]}
-        kept = sorted((k for k in self.state if k in self.files and k not in again), key=_natural)
+        again = {key for keys in self.tied if keys not in self.parted for key in keys[1:]}
+        kept = sorted((k for k in self.state if k not in again), key=_natural)
         split = split_state_dict_into_shards_factory(
             {key: self.state[key] for key in kept},
             get_storage_size=lambda t: t.nbytes,
@@ -169,25 +210,29 @@ class Merge:
     @torch.no_grad()
     def merged(self, key: str) -> Tensor:
         """One tensor of the merged model. Raises `MergeError` where it is not finite."""
+        if key not in self._made and isinstance(layer := self.owners.get(key), AdaptedLayer):
+            self._made = self._merged(layer)  # a weight, and the bias that comes after it
+        return self._made.pop(key) if key in self._made else self._result(key)
+
+    @torch.no_grad()
+    def _result(self, key: str) -> Tensor:
         host = self.owners.get(key)
         if host is None:
             return self.read(key)
-        if isinstance(host, Replacement):
-            names = {self.keys[id(p)]: f"{self.paths[host]}.{n}" for n, p in self._copied(host)}
-            return self.tensors[names[key]].to(self.dtypes[key])
-        assert isinstance(host, AdaptedLayer)
-        if key not in self._made:
-            self._made = self._merged(host)
-        return self._made.pop(key)
-
-    def _copied(self, host: Replacement) -> Iterator[tuple[str, nn.Parameter]]:
-        """The names in the adapter's file of what replaces a module's parameters."""
-        return ((n, p) for n, p in zip(host.state(NAME), host.base.parameters(), strict=False))
+        if isinstance(host, AdaptedLayer):
+            return self._merged(host)[key]
+        names = zip(host.state(NAME), host.base.named_parameters(), strict=False)
+        copies = {self._key(host.base, name): f"{self.paths[host]}.{own}" for own, (name, _) in names}
+        return self.tensors[copies[key]].to(self.dtypes[key])
 
     def _merged(self, layer: AdaptedLayer) -> dict[str, Tensor]:
-        site = layer.site
-        keys = [self.keys[id(site.weight)], *([self.keys[id(b)]] if (b := site.read_bias()) is not None else [])]
-        with self._filled(layer), exactly(site.device):
+        site, leaders = layer.site, layer.leaders(NAME)
+        names = [site.name, *([site.bias] if site.has_bias and site.bias else [])]
+        keys = [self._key(site.module, name) for name in names]
+        with ExitStack() as filled, exactly(torch.device(self.device)):
+            filled.enter_context(self._filled(layer, adapter=not leaders))
+            for leader in leaders:
+                filled.enter_context(self._filled(leader))
             W, b = layer.merged_weight([NAME])
             site.accepts(W)
             found = dict(zip(keys, [site.kept(W), b], strict=False))
@@ -201,28 +246,43 @@ class Merge:
         """One tensor of the base, as the model has it in memory."""
         from safetensors import safe_open
 
+        if key in self.brought:
+            return self.brought[key].to(self.dtypes[key], copy=True)
         with safe_open(self.files[key], "pt", device=self.device) as file:
-            return file.get_tensor(key).to(self.dtypes[key])
+            return file.get_tensor(self.names.get(key, key)).to(self.dtypes[key])
 
     @contextmanager
-    def _filled(self, layer: AdaptedLayer) -> Iterator[None]:
-        """Let a layer have its tensors and its adapter's for a while."""
-        site, module, path = layer.site, layer.site.module._parameters, self.paths[layer]
-        empty = {
-            n: p for n, p in module.items() if p is not None and id(p) in self.keys and n in (site.name, site.bias)
-        }
-        before = {n: layer.tensor(NAME, n) for n in layer.specs[NAME]}
-        own = {k[len(path) + 1 :]: t for k, t in self.tensors.items() if k.startswith(f"{path}.")}
+    def _filled(self, layer: AdaptedLayer, adapter: bool = True) -> Iterator[None]:
+        """Let a layer have its tensors, and its adapter's, for a while."""
+        site, module = layer.site, layer.site.module._parameters
+        empty = {n: p for n, p in module.items() if p is not None and n in (site.name, site.bias)}
+        before = {n: layer.tensor(NAME, n) for n in layer.specs[NAME]} if adapter else {}
         try:
-            module.update({n: nn.Parameter(self.read(self.keys[id(p)]), False) for n, p in empty.items()})
-            for key, tensor in layer.unpack(NAME, own).items():
-                if key in layer.state(NAME):
-                    layer.assign(NAME, key, tensor)
+            module.update({n: nn.Parameter(self.read(self._key(site.module, n)), False) for n in empty})
+            if adapter:
+                self._fill(layer)
             yield
         finally:
             module.update(empty)
             for name, tensor in before.items():
                 layer.put(NAME, name, tensor, layer.specs[NAME][name])
+
+    def _fill(self, layer: AdaptedLayer) -> None:
+        """A layer's part of the adapter: what its method makes of the weight first, then what the file has."""
+        method, path = layer.methods[NAME], self.paths[layer]
+        if method.derived(self.config):
+            for name, spec in layer.specs[NAME].items():
+                empty = torch.empty_like(layer.tensor(NAME, name), device=self.device, requires_grad=False)
+                layer.put(NAME, name, as_held(empty, spec), spec)
+            p = layer.view(NAME)
+            own = {attribute(n): layer.tensor(NAME, n).detach() for n in layer.specs[NAME]}
+            rebased = method.init(p.over(own))
+            if rebased is not None:
+                layer.site.write(rebased, None)
+        given = {k[len(path) + 1 :]: t for k, t in self.tensors.items() if k.startswith(f"{path}.")}
+        for key, tensor in layer.unpack(NAME, given).items():
+            if key in layer.state(NAME):
+                layer.assign(NAME, key, tensor)
 
     def _index(self, part: Path, shards: dict[str, list[str]]) -> None:
         tensors = {k: self.state[k] for keys in shards.values() for k in keys}
@@ -237,6 +297,8 @@ class Merge:
     def _settings(self, part: Path) -> None:
         config = self.skeleton.config
         config.architectures, config.dtype = [type(self.skeleton).__name__], self.skeleton.dtype
+        if self.parted and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
         config.save_pretrained(part)
         if self.skeleton.can_generate():
             self.skeleton.generation_config.save_pretrained(part)
