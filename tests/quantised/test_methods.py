@@ -49,13 +49,13 @@ def rows() -> list[tuple[Case, Backend]]:
     ]
 
 
-def table(only: Callable[[Case], bool] = lambda _: True) -> Any:
+def table(only: Callable[[Case], bool] = lambda _: True, copies: bool = False) -> Any:
     found = [
         pytest.param(
             c, b, id=str(c), marks=() if c.entry.name in QUICK and c.first and str(b) == "nf4" else pytest.mark.slow
         )
         for c, b in rows()
-        if only(c)
+        if only(c) and (b.copies or not copies)
     ]
     return pytest.mark.parametrize(("case", "backend"), found)
 
@@ -70,7 +70,7 @@ def test_only_declared_tensors_get_gradients(case: Case, backend: Backend) -> No
     laws.only_declared_tensors_get_gradients(case)
 
 
-@table()
+@table(copies=True)
 def test_disabled_equals_the_base(case: Case, backend: Backend) -> None:
     laws.disabled_equals_the_base(case)
 
