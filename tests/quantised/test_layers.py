@@ -144,3 +144,9 @@ def test_what_cannot_be_made_dense_leaves_all_as_it_is(model: nn.Module) -> None
     assert torch.equal(adapted(x), before) or before.isnan().any()
     assert [type(h.base_layer) for h in layers(adapted.get_base_model()).values()] == kinds
     assert [type(h.site.module) for h in layers(adapted.get_base_model()).values()] == kinds
+
+
+def test_a_layers_status_names_its_back_end(model: nn.Module) -> None:
+    adapted = graftlet.get_peft_model(model, graftlet.LoraConfig(r=4, target_modules=["first"]))
+    (layer,) = graftlet.get_layer_status(adapted)
+    assert layer.quantization_backend in ("bnb 4bit", "bnb 8bit", "torchao", "quanto")

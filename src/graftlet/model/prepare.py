@@ -60,13 +60,20 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
 
 
 def plain(model: Any) -> Any:
-    """A model whose quantised layers were all made ordinary ones: it says no more of itself that it is quantised."""
+    """A model whose quantised layers were all made ordinary ones: it says no more of itself that it is quantised.
+
+    All of it is in the one dtype that its config names: quantised layers cast what they are given, ordinary ones do not.
+    """
     for flag in ("hf_quantizer", "quantization_method", "is_quantized", *QUANTISED):
         model.__dict__.pop(flag, None)
     config = getattr(model, "config", None)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if config is not None and name in vars(config):
             delattr(config, name)
+    dtype = getattr(config, "dtype", None)
+    for parameter in model.parameters() if isinstance(dtype, torch.dtype) else ():
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -18,7 +18,7 @@ from .storage import Packed, Storage, rounded
 class FourBit(Packed):
     """`Linear4bit`, or any layer with a `Params4bit`. Until it is moved to a device for the first time it is a plain one."""
 
-    backend = "bitsandbytes 4 bit"
+    backend = "bnb 4bit"
 
     def shape(self, module: nn.Module, name: str) -> torch.Size:
         kept, state = self.tensor(module, name), _state(module, name)
@@ -65,7 +65,7 @@ class FourBit(Packed):
 class EightBit(Packed):
     """`Linear8bitLt`. The numbers and their scales stand with the weight at first, and in the layer's state once called."""
 
-    backend = "bitsandbytes 8 bit"
+    backend = "bnb 8bit"
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         kept = self.tensor(module, name).dtype

@@ -16,7 +16,7 @@ from .storage import Storage, Wrapped, rounded
 class Quanto(Wrapped):
     """`QLinear`. Before it is frozen, its weight is a plain one that each call quantises."""
 
-    backend = "optimum-quanto"
+    backend = "quanto"
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         kept = self.tensor(module, name)
