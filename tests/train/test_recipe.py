@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftlet.errors import ConfigError, UnknownMethodError, UnsupportedOptionError
+from graftlet.errors import ConfigError, UnknownMethodError
 from graftlet.train import locate
 from graftlet.train.prepare import adapter_config
 from graftlet.train.recipe import load_recipe
@@ -99,10 +99,17 @@ def test_unknown_method(file: Path) -> None:
         adapter_config(load_recipe(file))
 
 
-def test_quantization_is_reserved(file: Path) -> None:
+def test_quantization(file: Path) -> None:
     file.write_text(RIGHT + '[quantization]\nmethod = "nf4"\n')
-    with pytest.raises(UnsupportedOptionError, match="r.toml:23: quantization"):
-        adapter_config(load_recipe(file))
+    table = load_recipe(file, ["quantization.skip=['lm_head']"]).quantization
+    assert table is not None
+    assert (table.method, table.double, table.compute, table.skip) == ("nf4", True, "auto", ["lm_head"])
+    assert "r.toml:24: quantization.method = 'nf3': Input should be 'nf4'" in complaint(
+        file, RIGHT + '[quantization]\nmethod = "nf3"\n'
+    )
+    assert "r.toml:25: quantization.doubel: there is no such key, did you mean 'double'?" in complaint(
+        file, RIGHT + '[quantization]\nmethod = "nf4"\ndoubel = true\n'
+    )
 
 
 def test_overrides(file: Path) -> None:

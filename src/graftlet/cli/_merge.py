@@ -53,7 +53,7 @@ def _sharded(placed: Placed, adapter: str, out: Path, dtype: torch.dtype) -> Mer
 
 def _from_memory(adapter: str, out: Path, base: str | None, dtype: str | None, device: str) -> None:
     opened = open_adapter(adapter, base=base, dtype=dtype, device=device)
-    merged = opened.model.merge_and_unload(safe_merge=True, progressbar=False)
+    merged = opened.model.merge_and_unload(safe_merge=True, dequantize=True)
 
     def fill(folder: Path) -> None:
         merged.config.use_cache = True

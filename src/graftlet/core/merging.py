@@ -125,10 +125,24 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
         W, b = layer.original()
         saved = (site.kept(W), b)
     site.write(*merged)
+    if type(site.weight) not in ORDINARY:
+        _judge_special(site, merged, saved)
     made = Kept(steps := _steps(layer, names, True), residual(saved[0], led_back(site, steps, saved[1])), saved[1])
     if made.nbytes > saved[0].numel():
         made = replace(made, steps=_steps(layer, names, False))
     return made if made.rest is not None and made.nbytes < saved[0].nbytes else Kept(whole=saved)
+
+
+ORDINARY = (nn.Parameter, Tensor)
+
+
+def _judge_special(site: Site, merged: Weights, saved: tuple[Any, Any]) -> None:
+    """Whether a tensor of a class that nobody here knows took what was written into it."""
+    try:
+        judged(site, merged[0], site.original(saved)[0])
+    except MergeError:
+        site.restore(saved)
+        raise
 
 
 def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:

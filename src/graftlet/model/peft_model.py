@@ -45,6 +45,8 @@ class PeftModel(ManyAdapters, nn.Module):
         NoMatchingPeftModuleError, UnsupportedLayerError, ConfigError, AdapterNameError: the model is as it was.
     """
 
+    _hf_peft_config_loaded = True  # transformers' Trainer asks whatever is quantised whether adapters are on it
+
     def __init__(
         self,
         model: nn.Module,

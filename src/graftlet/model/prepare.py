@@ -31,7 +31,7 @@ def prepare_model_for_kbit_training(
     method = getattr(getattr(model, "quantization_method", None), "value", None)
     for parameter in model.parameters():
         parameter.requires_grad = False
-    if method not in ("gptq", "aqlm", "eetq", "torchao", "awq"):
+    if method not in ("gptq", "aqlm", "eetq", "torchao", "awq", "hqq"):
         _widen(model, auto_clear_cache)
     if (quantised or method) and use_gradient_checkpointing:
         _checkpoint(model, gradient_checkpointing_kwargs or {})
@@ -39,12 +39,9 @@ def prepare_model_for_kbit_training(
 
 
 def _widen(model: nn.Module, clear: bool) -> None:
-    """Half-precision parameters in float32; packed quantised ones as they are."""
+    """Half-precision parameters in float32; packed quantised ones, which are of classes of their own, as they are."""
     for parameter in model.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ not in (
-            "Params4bit",
-            "Int8Params",
-        ):
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.to(torch.float32)
             if clear and parameter.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -63,13 +60,20 @@ def _checkpoint(model: Any, options: dict[str, Any]) -> None:
 
 
 def plain(model: Any) -> Any:
-    """A model whose quantised layers were all made ordinary ones: it says no more of itself that it is quantised."""
+    """A model whose quantised layers were all made ordinary ones: it says no more of itself that it is quantised.
+
+    All of it is in the one dtype that its config names: quantised layers cast what they are given, ordinary ones do not.
+    """
     for flag in ("hf_quantizer", "quantization_method", "is_quantized", *QUANTISED):
         model.__dict__.pop(flag, None)
     config = getattr(model, "config", None)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if config is not None and name in vars(config):
             delattr(config, name)
+    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    for parameter in model.parameters() if isinstance(dtype, torch.dtype) else ():
+        if parameter.is_floating_point() and type(parameter) is nn.Parameter:
+            parameter.data = parameter.data.to(dtype)
     return model
 
 

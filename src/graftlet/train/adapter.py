@@ -17,7 +17,7 @@ from ..model.peft_model import PeftModel
 from .base import load_base, load_tokenizer
 from .data import Message, fill
 from .prepare import SUMMARY
-from .recipe import ModelTable
+from .recipe import ModelTable, QuantizationTable
 from .sources import PACKAGE, model_folder
 from .tokens import Encoder
 
@@ -51,6 +51,12 @@ class Placed:
     folder: str
     table: ModelTable
     summary: dict[str, Any]
+
+    @property
+    def quantization(self) -> QuantizationTable | None:
+        """How the base was kept as the adapter was trained."""
+        table = self.summary.get("recipe", {}).get("quantization")
+        return None if table is None else QuantizationTable.model_validate(table)
 
     def tokenizer(self, source: str) -> Any:
         """The adapter's own tokenizer, or the base's."""
@@ -93,7 +99,7 @@ def open_adapter(
     with warnings.catch_warnings():
         if name != placed.config.base_model_name_or_path:  # said on purpose, or the very base at a new place
             warnings.simplefilter("ignore", BaseMismatchWarning)
-        model: Any = PeftModel.from_pretrained(load_base(placed.folder, placed.table), source)
+        model: Any = PeftModel.from_pretrained(load_base(placed.folder, placed.table, placed.quantization), source)
     model.eval()
     words = placed.summary.get("recipe", {}).get("data", {})
     chat = words.get("chat", "auto")

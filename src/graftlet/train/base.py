@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError
-from .recipe import ModelTable
+from ..model.prepare import prepare_model_for_kbit_training
+from ..requirements import REQUIREMENTS
+from .recipe import ModelTable, QuantizationTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,19 +89,46 @@ def load_tokenizer(folder: str, table: ModelTable) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(folder: str, table: ModelTable) -> PreTrainedModel:
-    """The base model on its device, in its number type."""
+def load_base(folder: str, table: ModelTable, quantization: QuantizationTable | None = None) -> PreTrainedModel:
+    """The base model on its device, in its number type; quantised where asked for, and ready to train an adapter on.
+
+    Raises `DependencyError` where the package that quantises is missing or too old.
+    """
     from transformers import AutoModelForCausalLM
 
     device = pick_device(table.device)
+    dtype = pick_dtype(table.dtype, device)
+    packed = {} if quantization is None else _quantised(quantization, device, dtype)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=table.revision,
-            dtype=pick_dtype(table.dtype, device),
+            dtype=dtype,
             attn_implementation=table.attention,
+            **packed,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"the base model {table.source!r} cannot be loaded: {error}") from error
     model.config.use_cache = False  # of no use in training, and transformers packs only without it
-    return model.to(device)
+    if quantization is None:
+        return model.to(device)
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # which the training table asks for
+
+
+def _quantised(table: QuantizationTable, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers is to be told so that a model comes quantised, and stands on the device from the start."""
+    from transformers import BitsAndBytesConfig
+
+    REQUIREMENTS["bnb"].check()
+    skip = table.skip or None
+    if table.method == "int8":
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=table.method,
+            bnb_4bit_use_double_quant=table.double,
+            bnb_4bit_compute_dtype=dtype if table.compute == "auto" else getattr(torch, table.compute),
+            llm_int8_skip_modules=skip,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}

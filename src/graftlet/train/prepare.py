@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PeftConfig
-from ..errors import ConfigError, UnsupportedOptionError, listing, nearest
+from ..errors import ConfigError, listing, nearest
 from ..files import write_atomically
 from ..registry import lookup
 from .batches import Rows, feature, pack
@@ -41,10 +41,6 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
         UnknownMethodError: no such method.
         ConfigError: the method has no such field, or does not take the value.
     """
-    if recipe.quantization is not None:
-        raise UnsupportedOptionError(
-            f"{recipe.place('quantization')}: this version trains on plain weights; leave it out."
-        )
     kind = lookup(recipe.adapter.method).config
     names = {f.name for f in dataclasses.fields(kind)}
     values = recipe.adapter.fields

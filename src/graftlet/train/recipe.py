@@ -63,9 +63,16 @@ class AdapterTable(Table):
 
 
 class QuantizationTable(Table):
-    """`[quantization]`: how the base's weights are kept. Reserved: this version trains on plain weights."""
+    """`[quantization]`: the base's linear layers kept in few bits by bitsandbytes, which the adapter is trained on (QLoRA)."""
 
-    method: str
+    method: Literal["nf4", "fp4", "int8"]
+    """4 bits with levels for normally distributed weights, 4 bits as floats, or 8 bits (LLM.int8)."""
+    double: bool = True
+    """Quantise the scales of 4 bits as well: 0.4 bits an element less."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What 4-bit layers compute in; `auto` is the model's dtype."""
+    skip: list[str] = []
+    """Names of layers that are left as they are. The output head is, unless others are named."""
 
 
 class Filter(Table):

@@ -95,7 +95,7 @@ class _Run:
         self._tell_data(data)
         tell_steps(self.recipe, config, self._steps(data))
         with self.stage("model"):
-            base = load_base(folder, self.recipe.model)
+            base = load_base(folder, self.recipe.model, self.recipe.quantization)
             set_seed(self.recipe.seed)
             ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
             pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
@@ -198,10 +198,11 @@ class _Run:
 
     def _verify(self, folder: str, args: Any, data: Prepared) -> None:
         with self.stage("verify"):
-            model: Any = PeftModel.from_pretrained(load_base(folder, self.recipe.model), self.recipe.output)
+            base = load_base(folder, self.recipe.model, self.recipe.quantization)
+            model: Any = PeftModel.from_pretrained(base, self.recipe.output)
             self.measure("saved and loaded into a fresh base", model, self._fresh_loss(model, args, data))
             try:
-                merged: Any = model.merge_and_unload(safe_merge=True, progressbar=False)
+                merged: Any = model.merge_and_unload(safe_merge=True, dequantize=True)
             except (ConfigError, MergeError) as why:  # not every method has a merged form
                 self.say(f"not merged: {why}")
                 return

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..errors import DependencyError
+from ..requirements import REQUIREMENTS
+
 WIDE = 2
 """Bytes that a number has at least in a dtype that anything is computed in."""
 
@@ -190,7 +193,7 @@ def cloned(tensor: Any) -> Any:
     if not is_traceable_wrapper_subclass(tensor):
         return tensor.detach().clone()
     names, context = tensor.__tensor_flatten__()
-    parts = {n: None if (part := getattr(tensor, n)) is None else cloned(part) for n in names}
+    parts: Any = {n: None if (part := getattr(tensor, n)) is None else cloned(part) for n in names}
     return type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
 
 
@@ -294,5 +297,16 @@ def _home(kind: type) -> str | None:
 
 @functools.cache
 def _load(home: str) -> Storage:
+    """A back end, imported. Raises `DependencyError` where its package is too old, or only half there."""
     place, _, attribute = home.partition(":")
-    return getattr(importlib.import_module(place), attribute)
+    needed = REQUIREMENTS.get(place.rpartition(".")[2])
+    if needed is not None:
+        needed.check()
+    try:
+        return getattr(importlib.import_module(place), attribute)
+    except ImportError as error:
+        if needed is None:
+            raise
+        raise DependencyError(
+            f"{needed.package} {needed.found} cannot be imported as {needed.feature} needs it: {error}. {needed.command}"
+        ) from error
