@@ -222,6 +222,8 @@ def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> No
     if run and site.device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
+        if branch.rebased is not None:
+            site.check_writable()  # now, when nothing is changed yet
 
 
 def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bool) -> Tensor:

@@ -70,7 +70,7 @@ def plain(model: Any) -> Any:
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if config is not None and name in vars(config):
             delattr(config, name)
-    dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)
+    dtype = getattr(config, "dtype", None)
     for parameter in model.parameters() if isinstance(dtype, torch.dtype) else ():
         if parameter.is_floating_point() and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.to(dtype)

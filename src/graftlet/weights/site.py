@@ -127,14 +127,18 @@ class Site:
                 "A method that never reads it, such as LoRA or HRA, works on this layer."
             )
 
+    def check_writable(self) -> None:
+        """Raise `MergeError` unless another weight can be kept."""
+        if why := self.storage.unwritable(self.module, self.name):
+            raise MergeError(f"the weight of a {type(self.module).__name__} cannot be written: {why}.")
+
     def read_bias(self) -> Tensor | None:
         """The bias `[out]`, where there is one."""
         return getattr(self.module, cast(str, self.bias)) if self.has_bias else None
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Keep another weight and bias. Raises `MergeError` where the layer has no room for them."""
-        if why := self.storage.unwritable(self.module, self.name):
-            raise MergeError(f"the weight of a {type(self.module).__name__} cannot be written: {why}.")
+        self.check_writable()
         if bias is not None and not self.has_bias:
             raise MergeError(
                 f"the adapter changes the bias of a {type(self.module).__name__} that has none; "
