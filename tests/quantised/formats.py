@@ -181,7 +181,7 @@ FORMATS = [
         aqlm,
         1e-5,
         float("inf"),
-        back="the gradient of aqlm 1.1.7 fails on a CPU, and on layers that are not square",
+        back="the gradient of aqlm 1.1.7 fails on a CPU, and on a GPU for these sizes",
     ),
     Format(
         "fp8-blocks", ("transformers",), eight("finegrained_fp8.FP8Linear", (64, 64), has_bias=True), None, 0.04, True

@@ -14,12 +14,15 @@ import graftlet
 from graftlet.errors import MergeError, UnsupportedLayerError
 from graftlet.testing.benches import layers
 from graftlet.utils import replace_lora_weights_loftq
-from graftlet.weights.bnb import FourBit
 
 from ..train import tiny
 from .backends import BACKENDS, Backend
 from .test_layers import quantised
 from .test_qlora import load, logits
+
+FourBit: Any = pytest.importorskip(
+    "graftlet.weights.bnb", reason="bitsandbytes is not here", exc_type=ImportError
+).FourBit
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

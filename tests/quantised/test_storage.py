@@ -12,7 +12,7 @@ from torch import nn
 from graftlet.weights.site import Linear, site_of
 from graftlet.weights.storage import PLAIN, storage_of
 
-from .backends import BACKENDS, Backend
+from .backends import BACKENDS, Backend, four_bit
 
 OUT, IN = 96, 128
 
@@ -105,3 +105,22 @@ def test_an_ordinary_layer_is_plain() -> None:
     assert storage_of(nn.Linear(2, 2)) is PLAIN
     assert storage_of(nn.LayerNorm(2)) is PLAIN
     assert storage_of(nn.Identity()) is PLAIN
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_layout_for_some_cpus_reads_as_before(nested: bool) -> None:
+    """bitsandbytes lays a 4-bit weight out anew as it is first called for inference on a CPU that has AVX512-BF16."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    layer = four_bit("nf4", nested)(nn.Linear(IN, OUT))
+    site = site_of(layer)
+    assert site is not None
+    W, saved = site.read()[0].clone(), site.save()
+    layer.weight.data, _ = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+    assert layer.weight.quant_state.packing_format_for_cpu
+    assert (site.shape, site.dtype) == ((OUT, IN), torch.float32)
+    again = site.read()[0]
+    assert (again - W).abs().max() <= 2**-8 * W.abs().max()  # its scales are in bfloat16 there
+    site.write(W, None)
+    assert (site.read()[0] - W).norm() <= 0.02 * W.norm()
+    site.restore(saved)
+    assert torch.equal(site.read()[0], W)

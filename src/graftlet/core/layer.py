@@ -18,7 +18,7 @@ from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.rounding import note
 from ..weights.site import Site
-from ..weights.storage import MARKS
+from ..weights.storage import MARKS, PLAIN
 from .context import BASE, Call, current, using
 from .host import hosts
 from .merging import Kept, exactly, write
@@ -454,6 +454,10 @@ class AdaptedLayer(Scales, Boxes):
     def part(self, shared: set[int]) -> None:
         kept = self.site.weight
         if id(kept) in shared and isinstance(kept, nn.Parameter) and not self._shared:
+            if self.site.storage is not PLAIN:
+                raise MergeError(
+                    f"a quantised weight that layers share ({self.keys}) cannot be parted to be merged into."
+                )
             self._shared.append(kept)
             setattr(self.site.module, self.site.name, nn.Parameter(kept.detach().clone(), requires_grad=False))
 

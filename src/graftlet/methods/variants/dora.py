@@ -135,4 +135,4 @@ def _mark(p: View, before: Stage) -> tuple[Any, ...] | None:
     tensors = [t for t in p.__dict__.values() if isinstance(t, Tensor)] + [p.site.weight]
     if any(t.is_inference() for t in tensors):
         return None
-    return (p.scaling, *((t.data_ptr(), t._version) for t in tensors))
+    return (p.scaling, id(p.site.weight), *((t.data_ptr(), t._version) for t in tensors))
