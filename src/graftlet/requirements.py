@@ -48,6 +48,9 @@ REQUIREMENTS: dict[str, Requirement] = {
     "bnb": Requirement("a base quantised by bitsandbytes", "bitsandbytes", ">=0.46.1,<1"),
     "torchao": Requirement("a base quantised by torchao", "torchao", ">=0.4,<1"),
     "quanto": Requirement("a base quantised by quanto", "optimum-quanto", ">=0.2.6,<1"),
+    "hqq": Requirement("a base quantised by HQQ", "hqq", ">=0.2,<1"),
+    "aqlm": Requirement("a base quantised by AQLM", "aqlm", ">=1.1,<2"),
+    "compressed": Requirement("a base quantised by compressed-tensors", "compressed-tensors", ">=0.15,<1"),
 }
 """By the name of the file in `weights/` that is for it."""
 

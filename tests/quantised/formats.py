@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graftlet.weights.site import site_of
 
-OUT, IN, GROUP = 96, 160, 16
+OUT, IN = (512, 1024) if torch.cuda.is_available() else (96, 160)  # AQLM's GPU kernels are wrong on small layers
+GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,14 @@ def filled(made: Any, plain: nn.Linear) -> Any:
 
 def aqlm(plain: nn.Linear) -> nn.Module:
     """Codebooks that hold a little of everything: not the given weight, but some."""
-    import numba
     from aqlm import QuantizedLinear
 
-    numba.set_num_threads(1)  # several get in each other's way
-    made = QuantizedLinear(IN, OUT, 8, 1, 2, 8, bias=True, dtype=torch.float32, device="cpu").requires_grad_(False)
+    if not torch.cuda.is_available():
+        import numba
+
+        numba.set_num_threads(1)  # several get in each other's way
+    dtype = torch.float16 if torch.cuda.is_available() else torch.float32  # its kernels' for each
+    made = QuantizedLinear(IN, OUT, 8, 1, 2, 8, bias=True, dtype=dtype, device="cpu").requires_grad_(False)
     nn.init.normal_(made.codebooks, std=0.05)
     nn.init.uniform_(made.scales, 0.5, 1)
     made.codes.copy_(torch.randint(-128, 128, made.codes.shape, dtype=torch.int8))
@@ -162,9 +166,23 @@ FORMATS = [
     Format("hqq-4-columns", ("hqq",), hqq(4, axis=0), 1e-6, 0.09, True),
     Format("hqq-4-brain", ("hqq",), hqq(4, dtype=torch.bfloat16), 2e-2, 0.09, True),
     Format("gptq", ("gptqmodel", "optimum"), gptq, 2e-3, 0.09),
-    Format("awq", ("awq",), awq, 2e-3, 0.09, back="autoawq 0.2.9 has a gradient only with triton"),
+    Format(
+        "awq",
+        ("awq",),
+        awq,
+        2e-3,
+        0.09,
+        back=None if torch.cuda.is_available() else "autoawq 0.2.9 has a gradient only with triton",
+    ),
     Format("awq-gptqmodel", ("gptqmodel", "optimum"), awq_of_gptqmodel, 2e-3, 0.09),
-    Format("aqlm", ("aqlm", "numba", "scipy"), aqlm, 1e-5, float("inf"), back="aqlm 1.1.7 has no gradient on a CPU"),
+    Format(
+        "aqlm",
+        ("aqlm",) if torch.cuda.is_available() else ("aqlm", "numba", "scipy"),
+        aqlm,
+        1e-5,
+        float("inf"),
+        back="the gradient of aqlm 1.1.7 fails on a CPU, and on a GPU for these sizes",
+    ),
     Format(
         "fp8-blocks", ("transformers",), eight("finegrained_fp8.FP8Linear", (64, 64), has_bias=True), None, 0.04, True
     ),

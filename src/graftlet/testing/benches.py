@@ -215,7 +215,7 @@ def perturb(model: nn.Module, adapter: str = "default", seed: int = 2, by: float
     """Move all that an adapter trains away from where it started, as training would."""
     with seeded(seed):
         for tensor in learning(model, adapter):
-            tensor.add_(torch.randn(tensor.shape) * by)
+            tensor.add_((torch.randn(tensor.shape) * by).to(tensor.device))
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
