@@ -291,7 +291,7 @@ def check_name(name: object, taken: list[str]) -> str:
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"adapter name {name!r}: a non-empty string is needed.")
     if why := _unusable(name):
-        usable = "".join("_" if _bad(c) else c for c in name)[:60].strip("_ ") or "default"
+        usable = "".join("_" if _bad(c) else c for c in name)[:40].strip("_ ") or "adapter"
         usable = f"{usable}_" if usable.casefold() in DEVICES else usable
         raise AdapterNameError(
             f"adapter name {name[:120]!r} {why} and could not be a folder and a key; use {usable!r}."

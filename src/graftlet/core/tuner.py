@@ -18,13 +18,14 @@ from .around import surrounds
 from .block import BlockHost
 from .combine import Fit
 from .context import current
-from .host import check_known, check_name, hosts, modules
+from .host import check_known, check_name, home_of, hosts, modules
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Allocator, Method
 from .planning import plan
 from .target import vocabulary
 from .tensors import renamed
+from .traffic import Traffic, changes
 
 
 class BaseTuner(nn.Module):
@@ -73,6 +74,11 @@ class BaseTuner(nn.Module):
                 return functools.partial(getattr(layer.methods[adapter], name), layer.view(adapter))
             return getattr(self.model, name)
 
+    @property
+    def traffic(self) -> Traffic:
+        """Who calls the model, and who changes it."""
+        return home_of(self.model).traffic
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self._call(args, kwargs)
         if self.training and self.penalised and isinstance(getattr(outputs, "loss", None), Tensor):
@@ -113,6 +119,7 @@ class BaseTuner(nn.Module):
             self._allocators[name] = None if method is None else method.allocator(held, name)
         return {n: a for n, a in self._allocators.items() if a is not None and n in self.peft_config}
 
+    @changes
     def inject(
         self,
         config: PeftConfig,
@@ -209,6 +216,7 @@ class BaseTuner(nn.Module):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
+    @changes
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters."""
         lifecycle.set_adapter(self.shared_in[0], adapter_name, inference_mode)
@@ -221,6 +229,7 @@ class BaseTuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         lifecycle.enable_adapters(self.model, False)
 
+    @changes
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name. Raises `AdapterNameError`, the model as it was."""
         check_known([old], list(self.peft_config))
@@ -233,6 +242,7 @@ class BaseTuner(nn.Module):
         self.controls = {c: (layer, new if n == old else n) for c, (layer, n) in self.controls.items()}
         self._allocators.pop(old, None)
 
+    @changes
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its config."""
         lifecycle.delete_adapter(self.shared_in[0], adapter_name)
@@ -247,6 +257,7 @@ class BaseTuner(nn.Module):
         self.surrounding.pop(name, None)
         self.controls = {c: held for c, held in self.controls.items() if held[1] != name}
 
+    @changes
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -288,13 +299,16 @@ class BaseTuner(nn.Module):
         how = combining.Combination(shares, kind, cut, density, majority_sign_method)
         return combining.combine(self, how, adapter_name)
 
+    @changes
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""
         lifecycle.merge(self.model, safe_merge, adapter_names)
 
+    @changes
     def unmerge_adapter(self) -> None:
         lifecycle.unmerge(self.model)
 
+    @changes
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = True, adapter_names: list[str] | None = None
     ) -> nn.Module:
@@ -311,6 +325,7 @@ class BaseTuner(nn.Module):
             _untie(model)
         return model
 
+    @changes
     def unload(self) -> nn.Module:
         """The base model without its adapters and wrappers."""
         lifecycle.unload(self.model)
