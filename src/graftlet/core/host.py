@@ -177,6 +177,11 @@ class AdapterHost(Weighted):
     def part(self, shared: set[int]) -> None:
         """Stop sharing a weight (one of these tensors, by id) with other layers, before it is written."""
 
+    @property
+    def parted(self) -> bool:
+        """Whether it has stopped sharing a weight that nothing was written to since."""
+        return False
+
     def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError
 

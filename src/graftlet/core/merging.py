@@ -114,14 +114,25 @@ _choice = threading.RLock()
 
 @torch.no_grad()
 def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
-    """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be."""
+    """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be.
+
+    Where anything fails, the layer has the weight that it had.
+    """
     site = layer.site
-    if layer.kept is None:
-        saved = site.save()
-    else:
+    before = saved = site.save()
+    if layer.kept is not None:
         W, b = layer.original()
         saved = (site.kept(W), b)
-    site.write(*merged)
+    try:
+        site.write(*merged)
+        return _kept(layer, saved, names)
+    except BaseException:
+        site.restore(before)
+        raise
+
+
+def _kept(layer: AdaptedLayer, saved: tuple[Any, Any], names: Sequence[str]) -> Kept:
+    site = layer.site
     if site.storage is not PLAIN:
         return Kept(whole=saved)
     made = Kept(steps := _steps(layer, names, True), residual(saved[0], led_back(site, steps, saved[1])), saved[1])

@@ -160,10 +160,13 @@ class BaseTuner(nn.Module):
         made.activate(active, not config.inference_mode and (learn or name in active or not init))
         for bias in lifecycle.biases(self.model, config, name).values() if name in active else ():
             bias.requires_grad = not config.inference_mode
+        self.pending = (made, before)
         if init:
-            made.settle()
-        else:
-            self.pending = (made, before)
+            try:
+                self.settle()
+            except BaseException:
+                self.abandon()
+                raise
         return made
 
     def _note(self, made: Plan) -> None:

@@ -98,7 +98,19 @@ class Exchange:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Do it."""
+        """Do it; where it fails, what was there is put back."""
+        before = [(place, place.clone()) for place, _ in self.copies]
+        settings = [(layer, name, _copied(layer.__dict__[name][self.adapter])) for layer, name, _ in self.settings]
+        try:
+            self._write()
+        except BaseException:
+            for place, value in before:
+                place.copy_(value)
+            for layer, setting, value in settings:
+                _set(layer, self.adapter, setting, value)
+            raise
+
+    def _write(self) -> None:
         for place, value in self.copies:
             place.copy_(value)
         for layer, setting, value in self.settings:
@@ -173,6 +185,10 @@ def _held(layer: AdaptedLayer, path: str, given: Mapping[str, Tensor], work: Exc
     place = {"device": layer.site.weight.device, "dtype": view.dtype}
     work.held.append((layer, ranked.over({attribute(n): t.to(**place) for n, t in tensors.items()})))
     return True
+
+
+def _copied(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _set(layer: AdaptedLayer, adapter: str, name: str, value: Any) -> None:
