@@ -205,7 +205,7 @@ def with_atheris(name: str, cases: int, number: int) -> None:
 
     def one(content: bytes) -> None:
         nonlocal done
-        TARGETS[name](content)
+        TARGETS[name](_framed(*content.split(b"\0\0", 1)) if name == "header" and b"\0\0" in content[8:] else content)
         done += 1
         if done == cases:
             record(name, "atheris", cases, number, time.perf_counter() - begun)
