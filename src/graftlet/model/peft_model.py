@@ -19,7 +19,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
-from ..core.host import check_known, check_name
+from ..core.host import check_known, check_name, home_of
 from ..core.layer import relink
 from ..core.method import ROWS
 from ..core.target import vocabulary
@@ -69,6 +69,7 @@ class PeftModel(ManyAdapters, nn.Module):
             with bring.brought(self, peft_config, autocast_adapter_dtype):
                 tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
             bring.lead(self, adapter_name)
+        home_of(self.get_base_model())  # a call adds nothing to the model
         if prompted.checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
