@@ -10,7 +10,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all lint docs-check clean
+.PHONY: demo test test-all test-hostile lint docs-check clean
 
 # A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
 $(READY): pyproject.toml Makefile
@@ -38,6 +38,19 @@ test: $(READY) lint
 
 test-all: $(READY) $(FORMATS) lint
 	$(BIN)/python -m pytest -n $(JOBS)
+
+# Hours: a million cases for each parser, by two engines, and a soak. Results: benchmarks/results/hostile.json
+CASES ?= 1000000
+OPERATIONS ?= 100000
+SEED ?= 1
+
+test-hostile: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) tests/hostile
+	for target in header config keys pattern; do \
+	  $(BIN)/python -m tests.hostile.fuzz $$target --cases $(CASES) --seed $(SEED) || exit 1; done
+	$(BIN)/python -m tests.hostile.fuzz soak --cases $(OPERATIONS) --seed $(SEED)
+	if $(BIN)/pip install -q atheris; then for target in header config keys pattern; do \
+	  $(BIN)/python -m tests.hostile.fuzz $$target --engine atheris --cases $(CASES) --seed $(SEED) || exit 1; done; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .

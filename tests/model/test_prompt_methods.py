@@ -128,6 +128,7 @@ def test_a_loaded_prompt_learns_on_from_its_rows(name, tmp_path):
 # p-tuning
 
 
+@pytest.mark.filterwarnings("ignore::graftlet.errors.BaseMismatchWarning")
 @pytest.mark.parametrize("name", ["p-tuning", "lstm"])
 def test_a_loaded_prompt_has_no_network(name, tmp_path):
     kind, fields = FIELDS[name]
@@ -213,6 +214,7 @@ def test_a_source_starts_the_prompt(kind, suffix, tmp_path):
     assert torch.equal(factors[0], factors[1]) == (kind != "ONLY_SOURCE_SHARED")
 
 
+@pytest.mark.filterwarnings("ignore::graftlet.errors.BaseMismatchWarning")
 def test_a_saved_prompt_needs_its_source_no_more(tmp_path):
     source = ours(llama, "MultitaskPromptTuningConfig", TASK, **TASKS)
     source.save_pretrained(tmp_path / "source")

@@ -59,7 +59,7 @@ def test_without_embeddings_a_load_says_that_the_vocabulary_differs(base: Path, 
     model = adapted(grown(base), lora())
     save(model, tmp_path, save_embedding_layers=False)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt", "vocab_size": "13"}
+        assert file.metadata().items() >= {"format": "pt", "vocab_size": "13"}.items()
         assert not [k for k in file.keys() if "lora" not in k]  # noqa: SIM118  not a dict
     with pytest.warns(BaseMismatchWarning, match=r"resize_token_embeddings\(13\)"):
         graftlet.PeftModel.from_pretrained(grown(base, tokens=None), tmp_path)

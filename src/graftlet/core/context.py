@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CallError
+from .traffic import Traffic
 
 BASE = "__base__"
 """In `adapter_names`: a row that the base model serves alone."""
@@ -24,6 +25,9 @@ BASE = "__base__"
 
 class Home:
     """What the adapted layers of one model have in common, and no other model's."""
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
 
 
 @dataclass(frozen=True)

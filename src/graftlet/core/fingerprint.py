@@ -107,7 +107,7 @@ def _spread(items: list[str], count: int) -> list[str]:
 def _numbers(weight: Tensor, tokens: int | None) -> list[float]:
     """Numbers of a weight at places that depend on its shape alone; of an embedding, of its first rows."""
     if tokens is not None and weight.shape[0] == tokens:
-        weight = weight[: min(tokens, 16)]
+        weight = weight[: min(tokens, 8)]
     flat = weight.detach().reshape(-1)
     step = max(1, (flat.numel() - 1) // max(1, NUMBERS - 1))
     return [round(v, 9) for v in flat[::step][:NUMBERS].double().tolist()]

@@ -178,6 +178,11 @@ class AdapterHost(Weighted):
     def part(self, shared: set[int]) -> None:
         """Stop sharing a weight (one of these tensors, by id) with other layers, before it is written."""
 
+    @property
+    def parted(self) -> bool:
+        """Whether it has stopped sharing a weight that nothing was written to since."""
+        return False
+
     def merge(self, safe_merge: bool = True, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError
 
@@ -332,7 +337,7 @@ def check_name(name: object, taken: list[str]) -> str:
     if not isinstance(name, str) or not name:
         raise AdapterNameError(f"adapter name {name!r}: a non-empty string is needed.")
     if why := _unusable(name):
-        usable = "".join("_" if _bad(c) else c for c in name)[:60].strip("_ ") or "default"
+        usable = "".join("_" if _bad(c) else c for c in name)[:40].strip("_ ") or "adapter"
         usable = f"{usable}_" if usable.casefold() in DEVICES else usable
         raise AdapterNameError(
             f"adapter name {name[:120]!r} {why} and could not be a folder and a key; use {usable!r}."

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,12 +169,20 @@ class Plan:
             host.networks.update(held)
 
     def settle(self) -> None:
-        """Write the base weights that initialisations asked for: the last step, once nothing else can fail."""
-        for item in self.items:
-            if item.branch is not None and item.branch.rebased is not None and isinstance(item.host, AdaptedLayer):
-                item.host.site.write(item.branch.rebased, None)
-                item.host.rebased.add(self.name)
-                item.branch.rebased = None
+        """Write the base weights that initialisations asked for: the last step. All of them, or none where one fails."""
+        written: list[tuple[AdaptedLayer, tuple[Any, Any]]] = []
+        try:
+            for item in self.items:
+                if item.branch is not None and item.branch.rebased is not None and isinstance(item.host, AdaptedLayer):
+                    written.append((item.host, item.host.site.save()))
+                    item.host.site.write(item.branch.rebased, None)
+                    item.branch.rebased = None  # its memory goes as that of what is saved comes
+        except BaseException:
+            for host, saved in written:
+                host.site.restore(saved)
+            raise
+        for host, _ in written:
+            host.rebased.add(self.name)
 
     def _apply(self, item: Item) -> None:
         standing = getattr(item.place.parent, item.place.child)

@@ -476,6 +476,10 @@ class AdaptedLayer(Together, Scales, Boxes):
             self._shared.append(kept)
             setattr(self.site.module, self.site.name, nn.Parameter(kept.detach().clone(), requires_grad=False))
 
+    @property
+    def parted(self) -> bool:
+        return bool(self._shared) and not self.merged_adapters
+
     def unmerge(self) -> None:
         """Bring back the bits that were there before the first merge."""
         if self.kept is not None:

@@ -152,7 +152,7 @@ def roundings(model: nn.Module) -> dict[str, Rounding]:
 
 def _take_back(before: list[tuple[AdapterHost, list[str]]]) -> None:
     for host, names in reversed(before):
-        if host.merged_adapters != names:
+        if host.merged_adapters != names or host.parted:
             host.unmerge()
             if names:
                 host.merge(False, names)

@@ -114,16 +114,23 @@ _choice = threading.RLock()
 
 @torch.no_grad()
 def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
-    """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be."""
+    """Put a merged weight into a layer, and return what brings the original back, in as little memory as can be.
+
+    Where anything fails, the layer has the weight that it had.
+    """
     site = layer.site
     if site.storage is not PLAIN:
         return _write_packed(layer, merged)
-    W, b = site.read() if layer.kept is None else layer.original()
+    before = site.save()
+    W, b = site.original(before) if layer.kept is None else layer.original()
     kept = _kept(layer, names, site.kept(W), b, site.kept(merged[0]).to(site.weight.dtype))
-    before = None if type(site.weight) in ORDINARY else site.save()
-    site.write(*merged)
-    if before is not None:
-        _judge_special(site, merged, before)
+    try:
+        site.write(*merged)
+        if type(site.weight) not in ORDINARY:  # nobody here knows whether it took what was written
+            judged(site, merged[0], site.original(before)[0])
+    except BaseException:
+        site.restore(before)
+        raise
     return kept
 
 
@@ -138,15 +145,6 @@ def _kept(layer: AdaptedLayer, names: Sequence[str], W: Tensor, b: Tensor | None
 
 
 ORDINARY = (nn.Parameter, Tensor)
-
-
-def _judge_special(site: Site, merged: Weights, saved: tuple[Any, Any]) -> None:
-    """Whether a tensor of a class that nobody here knows took what was written into it."""
-    try:
-        judged(site, merged[0], site.original(saved)[0])
-    except MergeError:
-        site.restore(saved)
-        raise
 
 
 def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:

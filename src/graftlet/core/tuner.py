@@ -19,13 +19,14 @@ from .block import BlockHost
 from .combine import Fit
 from .context import current
 from .dense import dequantised
-from .host import check_known, check_name, hosts, modules
+from .host import check_known, check_name, home_of, hosts, modules
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Allocator, Method
 from .planning import plan
 from .target import vocabulary
 from .tensors import renamed
+from .traffic import Traffic, changes
 
 
 class BaseTuner(nn.Module):
@@ -74,6 +75,11 @@ class BaseTuner(nn.Module):
                 return functools.partial(getattr(layer.methods[adapter], name), layer.view(adapter))
             return getattr(self.model, name)
 
+    @property
+    def traffic(self) -> Traffic:
+        """Who calls the model, and who changes it."""
+        return home_of(self.model).traffic
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         outputs = self._call(args, kwargs)
         if self.training and self.penalised and isinstance(getattr(outputs, "loss", None), Tensor):
@@ -114,6 +120,7 @@ class BaseTuner(nn.Module):
             self._allocators[name] = None if method is None else method.allocator(held, name)
         return {n: a for n, a in self._allocators.items() if a is not None and n in self.peft_config}
 
+    @changes
     def inject(
         self,
         config: PeftConfig,
@@ -154,10 +161,13 @@ class BaseTuner(nn.Module):
         made.activate(active, not config.inference_mode and (learn or name in active or not init))
         for bias in lifecycle.biases(self.model, config, name).values() if name in active else ():
             bias.requires_grad = not config.inference_mode
+        self.pending = (made, before)
         if init:
-            made.settle()
-        else:
-            self.pending = (made, before)
+            try:
+                self.settle()
+            except BaseException:
+                self.abandon()
+                raise
         return made
 
     def _note(self, made: Plan) -> None:
@@ -210,6 +220,7 @@ class BaseTuner(nn.Module):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
+    @changes
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these the active adapters."""
         lifecycle.set_adapter(self.shared_in[0], adapter_name, inference_mode)
@@ -222,6 +233,7 @@ class BaseTuner(nn.Module):
     def disable_adapter_layers(self) -> None:
         lifecycle.enable_adapters(self.model, False)
 
+    @changes
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name. Raises `AdapterNameError`, the model as it was."""
         check_known([old], list(self.peft_config))
@@ -234,6 +246,7 @@ class BaseTuner(nn.Module):
         self.controls = {c: (layer, new if n == old else n) for c, (layer, n) in self.controls.items()}
         self._allocators.pop(old, None)
 
+    @changes
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter and its config."""
         lifecycle.delete_adapter(self.shared_in[0], adapter_name)
@@ -248,6 +261,7 @@ class BaseTuner(nn.Module):
         self.surrounding.pop(name, None)
         self.controls = {c: held for c, held in self.controls.items() if held[1] != name}
 
+    @changes
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -289,13 +303,16 @@ class BaseTuner(nn.Module):
         how = combining.Combination(shares, kind, cut, density, majority_sign_method)
         return combining.combine(self, how, adapter_name)
 
+    @changes
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
         """Write adapters into the base weights; `unmerge_adapter` brings the weights back."""
         lifecycle.merge(self.model, safe_merge, adapter_names)
 
+    @changes
     def unmerge_adapter(self) -> None:
         lifecycle.unmerge(self.model)
 
+    @changes
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -328,6 +345,7 @@ class BaseTuner(nn.Module):
         with dequantised(self.model):
             return self.merge_and_unload(progressbar, safe_merge, list(merged | dict.fromkeys(wanted)))
 
+    @changes
     def unload(self) -> nn.Module:
         """The base model without its adapters and wrappers."""
         lifecycle.unload(self.model)

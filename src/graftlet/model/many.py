@@ -13,6 +13,7 @@ from ..core import lifecycle
 from ..core.combine import Fit
 from ..core.context import choosing, current
 from ..core.host import check_known, check_name, home_of
+from ..core.traffic import Traffic, changes
 from ..core.tuner import BaseTuner
 from ..errors import ConfigError
 from . import prompting
@@ -36,6 +37,11 @@ class ManyAdapters:
         @property
         def peft_config(self) -> dict[str, PeftConfig]: ...
         def get_base_model(self) -> nn.Module: ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """Who calls the model, and who changes it."""
+        return home_of(self.get_base_model()).traffic
 
     # which act
 
@@ -77,6 +83,7 @@ class ManyAdapters:
 
     # their names, and what learns
 
+    @changes
     def rename_adapter(self, old: str, new: str) -> None:
         """Give an adapter another name; all else stays as it is. Raises `AdapterNameError`."""
         check_known([old], list(self.peft_config))

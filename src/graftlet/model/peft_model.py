@@ -19,10 +19,11 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
-from ..core.host import check_known, check_name
+from ..core.host import check_known, check_name, home_of
 from ..core.layer import relink
 from ..core.prompt import ROWS
 from ..core.target import vocabulary
+from ..core.traffic import calling, changes
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
 from ..files import check_apart
@@ -70,6 +71,7 @@ class PeftModel(ManyAdapters, nn.Module):
             with bring.brought(self, peft_config, autocast_adapter_dtype):
                 tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
             bring.lead(self, adapter_name)
+        home_of(self.get_base_model())  # a call adds nothing to the model
         if prompted.checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -128,6 +130,7 @@ class PeftModel(ManyAdapters, nn.Module):
 
     # adapters come and go
 
+    @changes
     def add_adapter(
         self,
         adapter_name: str,
@@ -155,6 +158,7 @@ class PeftModel(ManyAdapters, nn.Module):
             with bring.brought(self, peft_config, autocast_adapter_dtype):
                 self.tuner.inject(peft_config, adapter_name, low_cpu_mem_usage, autocast_adapter_dtype, _init)
 
+    @changes
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make an adapter (or several together, for methods on layers) the active one, and the one that learns.
 
@@ -168,6 +172,7 @@ class PeftModel(ManyAdapters, nn.Module):
             self.tuner.set_adapter(names, inference_mode)
         self._active = names
 
+    @changes
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was active, another one is from then on."""
         check_known([adapter_name], list(self.peft_config))
@@ -188,13 +193,13 @@ class PeftModel(ManyAdapters, nn.Module):
         adapter_names: an adapter for each row of the batch (`"__base__"` for none), whatever is active. What a method
             reads of a call, as Poly its `task_ids`, is given by name and goes to the layers alone.
         """
-        with self._call(adapter_names, args, kwargs):
+        with calling(self), self._call(adapter_names, args, kwargs):
             tuner = self.tuner
             return prompted.call(self, args, kwargs) if tuner is None else reach.call(tuner, args, kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's `generate`, adapted. adapter_names: as in a call, one for each prompt."""
-        with self._call(adapter_names, args, kwargs):
+        with calling(self), self._call(adapter_names, args, kwargs):
             tuner = self.tuner
             return generation.generate(self, args, kwargs) if tuner is None else reach.generate(tuner, args, kwargs)
 
@@ -351,6 +356,7 @@ class PeftModel(ManyAdapters, nn.Module):
             made._loaded([adapter_name], chosen)
         return made
 
+    @changes
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
 from ..core import state
-from ..core.host import COMPILED, AdapterHost, check_known, hosts
+from ..core.host import COMPILED, AdapterHost, check_known, home_of, hosts
 from ..core.layer import AdaptedLayer
 from ..core.method import Method, View
 from ..core.tensors import as_held, attribute
+from ..core.traffic import Traffic
 from ..errors import AdapterFileError, CallError, CallWarning, ConfigError, MergeError, warn
 from ..model.parts import configs_of, root_of
 from ..model.save import Checks, opened
@@ -44,7 +45,8 @@ def hotswap_adapter(
     """
     config, stored = opened(model_name_or_path, None, Checks.of(kwargs), device=torch_device, **kwargs)
     tensors = stored.read()
-    swap(model, tensors, adapter_name, config, str(model_name_or_path))
+    with _traffic(model).change():
+        swap(model, tensors, adapter_name, config, str(model_name_or_path))
 
 
 def hotswap_adapter_from_state_dict(
@@ -60,7 +62,14 @@ def hotswap_adapter_from_state_dict(
     """
     known = _keys_in_memory(root_of(model), adapter_name)
     given = {key.replace(f"{COMPILED}.", ""): tensor for key, tensor in state_dict.items()}
-    swap(model, {known.get(k, k): t for k, t in given.items()}, adapter_name, config, "the given dictionary")
+    with _traffic(model).change():
+        swap(model, {known.get(k, k): t for k, t in given.items()}, adapter_name, config, "the given dictionary")
+
+
+def _traffic(model: nn.Module) -> Traffic:
+    """Who calls a model, and who changes it, by whichever of its wrappers it is named."""
+    root = root_of(model)
+    return next((host.home for _, host in hosts(root)), home_of(root)).traffic
 
 
 def _keys_in_memory(model: nn.Module, adapter: str) -> dict[str, str]:
@@ -89,7 +98,19 @@ class Exchange:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Do it."""
+        """Do it; where it fails, what was there is put back."""
+        before = [(place, place.clone()) for place, _ in self.copies]
+        settings = [(layer, name, _copied(layer.__dict__[name][self.adapter])) for layer, name, _ in self.settings]
+        try:
+            self._write()
+        except BaseException:
+            for place, value in before:
+                place.copy_(value)
+            for layer, setting, value in settings:
+                _set(layer, self.adapter, setting, value)
+            raise
+
+    def _write(self) -> None:
         for place, value in self.copies:
             place.copy_(value)
         for layer, setting, value in self.settings:
@@ -164,6 +185,10 @@ def _held(layer: AdaptedLayer, path: str, given: Mapping[str, Tensor], work: Exc
     place = {"device": layer.site.device, "dtype": view.dtype}
     work.held.append((layer, ranked.over({attribute(n): t.to(**place) for n, t in tensors.items()})))
     return True
+
+
+def _copied(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _set(layer: AdaptedLayer, adapter: str, name: str, value: Any) -> None:
