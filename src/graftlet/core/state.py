@@ -72,7 +72,7 @@ def _saved_hosts(
     """The wrappers that stand in an adapter's file: rows of tokens that several layers share stand there once."""
     inner = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
     seen: set[int] = set()
-    for path, host in hosts(model):
+    for path, host in hosts(model, adapter):
         held = host.state(adapter)
         tensors = {id(t) for t in held.values()}
         again = id(host) in inner and tensors <= seen
@@ -95,13 +95,13 @@ def collect(model: nn.Module, adapter: str, config: PeftConfig | None = None) ->
 def unpacked(model: nn.Module, adapter: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors as the layers hold them."""
     by_path: dict[str, dict[str, Tensor]] = {}
-    paths = {path for path, host in hosts(model) if adapter in host.adapters}
+    paths = {path for path, host in hosts(model, adapter) if adapter in host.adapters}
     rest: dict[str, Tensor] = {}
     for key, tensor in given.items():
         path = _owner(key, paths)
         (rest if path is None else by_path.setdefault(path, {}))[key if path is None else key[len(path) + 1 :]] = tensor
-    for path, host in hosts(model):
-        if path in by_path:
+    for path, host in hosts(model, adapter):
+        if path in by_path and adapter in host.adapters:
             held = host.unpack(adapter, by_path[path])
             rest.update({f"{path}.{key}": tensor for key, tensor in held.items()})
     return rest
