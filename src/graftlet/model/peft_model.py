@@ -25,7 +25,7 @@ from ..core.method import ROWS
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
-from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
+from . import bring, card, embeddings, fused, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload
 from .parts import as_rows, carry_context
@@ -336,6 +336,7 @@ class PeftModel(ManyAdapters, nn.Module):
         check_base(model, chosen, str(model_id))
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
         tensors = save.load_peft_weights(model_id, key_mapping=key_mapping, **kwargs)
+        tensors = fused.converted(model, chosen, tensors, str(model_id))
         recorded = save.recorded(model_id, save.VOCABULARY, **kwargs)
         embeddings.check_vocabulary(model, recorded, tensors, str(model_id))
         before = Before(model)
@@ -368,6 +369,7 @@ class PeftModel(ManyAdapters, nn.Module):
         config.inference_mode = not is_trainable
         check_base(self.get_base_model(), config, str(model_id))
         tensors = save.load_peft_weights(model_id, torch_device, key_mapping, **kwargs)
+        tensors = fused.converted(self.get_base_model(), config, tensors, str(model_id))
         before = Before(self.get_base_model())
         self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, _init=False)
         with self._undone_on_error(before):
