@@ -59,13 +59,9 @@ def gpt_oss() -> Any:
 
 
 def llama4() -> Any:
-    sizes = {
-        "intermediate_size_mlp": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "interleave_moe_layer_step": 1,
-    }
-    return seeded(Llama4ForCausalLM, Llama4TextConfig(**SMALL, **sizes, attention_chunk_size=16))
+    more = {"intermediate_size_mlp": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_chunk_size": 16}
+    sizes: dict[str, Any] = {**SMALL, **more, "interleave_moe_layer_step": 1}
+    return seeded(Llama4ForCausalLM, Llama4TextConfig(**sizes))
 
 
 MODELS: list[Callable[[], Any]] = [mixtral, qwen2, qwen3, gpt_oss, llama4]

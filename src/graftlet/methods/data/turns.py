@@ -110,4 +110,8 @@ def progress(total: int, what: str, shown: bool) -> Iterator[Callable[[int], Non
     from tqdm.auto import tqdm
 
     with tqdm(total=total, desc=what, unit="layer") as bar:
-        yield lambda count: bar.update(count) and None
+
+        def tell(count: int) -> None:
+            bar.update(count)
+
+        yield tell
