@@ -233,9 +233,9 @@ def bare(module: nn.Module) -> nn.Module:
     return module
 
 
-def hosts(model: nn.Module) -> Iterator[tuple[str, AdapterHost]]:
-    """Every wrapper of a model with its path, outermost first."""
-    return ((n, m) for n, m in _walk(model) if isinstance(m, AdapterHost))
+def hosts(model: nn.Module, alone: str | None = None) -> Iterator[tuple[str, AdapterHost]]:
+    """Every wrapper of a model with its path, outermost first; the paths as if one adapter were `alone` in the model."""
+    return ((n, m) for n, m in _walk(model, alone) if isinstance(m, AdapterHost))
 
 
 class Standing:
@@ -303,7 +303,7 @@ def modules(model: nn.Module) -> Iterator[nn.Module]:
     return (module for _, module in _walk(model))
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _walk(model: nn.Module, alone: str | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Modules with their paths, as `named_modules` gives them, but not into the boxes of adapters."""
     stack, seen = [("", model)], set[int]()
     while stack:
@@ -313,8 +313,13 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         seen.add(id(module))
         yield path, module
         children = [(n, m) for n, m in module._modules.items() if m is not None and type(m) is not Box]
-        within = module.base if isinstance(module, AdapterHost) and module.transparent else None
+        within = module.base if isinstance(module, AdapterHost) and _passed(module, alone) else None
         stack += [(path if m is within else below(path, n), m) for n, m in reversed(children)]
+
+
+def _passed(host: AdapterHost, alone: str | None) -> bool:
+    """Whether a wrapper is no level of its own in the path of what it wraps."""
+    return host.transparent or (alone is not None and alone not in host.adapters)
 
 
 def below(path: str, child: str) -> str:

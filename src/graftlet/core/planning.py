@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,8 +62,7 @@ def _planned(made: Plan) -> Plan:
     found = [p for p in found if not any(p.path == s.path or p.path.startswith(f"{s.path}.") for s in saved)]
     for place in found:
         made.items += _items(place, config, entry, model)
-    for path in config.target_parameters or ():
-        made.items += _parameter_items(model, path, config, entry)
+    made.items += _parameter_items(model, config.target_parameters or [], config, entry)
     _deal(made)
     made.items += [Item(p, None, None, Saved) for p in saved]
     tokens = token_items(model, config, {p.path for p in saved})
@@ -189,25 +189,25 @@ def _check_usable(place: Place) -> None:
         raise UnsupportedLayerError(f"{place.path!r}, a {type(place.bare).__name__}, cannot be adapted: {why}.")
 
 
-def _parameter_items(model: nn.Module, wanted: str, config: PeftConfig, entry: Entry) -> list[Item]:
-    if Parameter not in entry.sites:
-        raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={wanted!r}).")
-    items, seen = [], []
-    for place in walk(model):
-        if matches(f"{place.path}.{wanted.rpartition('.')[2]}", [wanted]):
+def _parameter_items(model: nn.Module, wanted: Sequence[str], config: PeftConfig, entry: Entry) -> list[Item]:
+    """The parameters that are meant, in the model's order: so those of one module stand inside each other in a file."""
+    if wanted and Parameter not in entry.sites:
+        raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={list(wanted)}).")
+    for place in walk(model) if wanted else ():
+        if any(matches(f"{place.path}.{name.rpartition('.')[2]}", [name]) for name in wanted):
             _check_usable(place)  # a kernel may keep what it takes otherwise than as parameters
-        for parameter in place.bare._parameters:
-            path = f"{place.path}.{parameter}"
-            seen.append(path)
-            if matches(path, [wanted]) and not matches(path, config.exclude_modules):
-                site = Parameter(place.module, parameter)
-                items.append(Item(place, site, _branch(path, site, config, entry), parameter=parameter))
-    if not items:
-        ends = {p.rpartition(".")[2] for p in seen}
-        hint = nearest(wanted.rpartition(".")[2], ends)
-        raise NoMatchingPeftModuleError(
-            f"target_parameters has {wanted!r}, which is no parameter of the model{hint or '.'}"
-        )
+    own = [(p, name, f"{p.path}.{name}") for p in walk(model) for name in p.bare._parameters] if wanted else []
+    for name in wanted:
+        if not any(matches(path, [name]) for _, _, path in own):
+            hint = nearest(name.rpartition(".")[2], {parameter for _, parameter, _ in own})
+            raise NoMatchingPeftModuleError(
+                f"target_parameters has {name!r}, which is no parameter of the model{hint or '.'}"
+            )
+    items = []
+    for place, parameter, path in own:
+        if matches(path, list(wanted)) and not matches(path, config.exclude_modules):
+            site = Parameter(place.module, parameter)
+            items.append(Item(place, site, _branch(path, site, config, entry), parameter=parameter))
     return items
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
+from ..weights.site import Parameter
 from .host import AdapterHost, Shell, commons, hosts
+from .layer import AdaptedLayer
 from .lifecycle import biases
 from .tensors import Common
 
@@ -66,13 +69,35 @@ def slots(
     return found
 
 
+def placed(model: nn.Module, adapter: str) -> list[tuple[str, AdapterHost]]:
+    """The wrappers that an adapter is on, with their paths in its file: as if it were alone in the model.
+
+    Those of one module's parameters then stand inside each other in the model's order, whatever their order is here.
+    """
+    found = [(path, host) for path, host in hosts(model, adapter) if adapter in host.adapters]
+    together: dict[int, list[int]] = {}
+    for i, (_, host) in enumerate(found):
+        if isinstance(host, AdaptedLayer) and isinstance(host.site, Parameter):
+            together.setdefault(id(host.site.module), []).append(i)
+    for places in together.values():
+        held = sorted((cast(AdaptedLayer, found[i][1]) for i in places), key=_rank, reverse=True)
+        for i, host in zip(places, held, strict=True):
+            found[i] = (found[i][0], host)
+    return found
+
+
+def _rank(layer: AdaptedLayer) -> int:
+    """Which of its module's parameters a layer is on."""
+    return list(layer.site.module._parameters).index(cast(Parameter, layer.site).name)
+
+
 def _saved_hosts(
     model: nn.Module, adapter: str, given: frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, AdapterHost]]:
     """The wrappers that stand in an adapter's file: rows of tokens that several layers share stand there once."""
     inner = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
     seen: set[int] = set()
-    for path, host in hosts(model):
+    for path, host in placed(model, adapter):
         held = host.state(adapter)
         tensors = {id(t) for t in held.values()}
         again = id(host) in inner and tensors <= seen
@@ -95,12 +120,13 @@ def collect(model: nn.Module, adapter: str, config: PeftConfig | None = None) ->
 def unpacked(model: nn.Module, adapter: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors as the layers hold them."""
     by_path: dict[str, dict[str, Tensor]] = {}
-    paths = {path for path, host in hosts(model) if adapter in host.adapters}
+    there = placed(model, adapter)
+    paths = {path for path, _ in there}
     rest: dict[str, Tensor] = {}
     for key, tensor in given.items():
         path = _owner(key, paths)
         (rest if path is None else by_path.setdefault(path, {}))[key if path is None else key[len(path) + 1 :]] = tensor
-    for path, host in hosts(model):
+    for path, host in there:
         if path in by_path:
             held = host.unpack(adapter, by_path[path])
             rest.update({f"{path}.{key}": tensor for key, tensor in held.items()})

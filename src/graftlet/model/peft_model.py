@@ -347,7 +347,9 @@ class PeftModel(ManyAdapters, nn.Module):
         chosen.inference_mode = not is_trainable
         known, recorded = fingerprint.taken(model), stored.metadata.get(fingerprint.KEY)
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
-        embeddings.check_vocabulary(model, stored.metadata.get(save.VOCABULARY), stored.shapes(), str(model_id))
+        vocabulary = stored.metadata.get(save.VOCABULARY)
+        stored = save.unfused(stored, model, chosen, str(model_id))
+        embeddings.check_vocabulary(model, vocabulary, stored.shapes(), str(model_id))
         before = Before(model)
         made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
         with made._undone_on_error(before, fresh=True):
@@ -379,6 +381,7 @@ class PeftModel(ManyAdapters, nn.Module):
         config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
         config.inference_mode = not is_trainable
         known, recorded = self._fingerprint, stored.metadata.get(fingerprint.KEY)
+        stored = save.unfused(stored, self.get_base_model(), config, str(model_id))
         before = Before(self.get_base_model())
         self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, _init=False)
         with self._undone_on_error(before):

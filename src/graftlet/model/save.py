@@ -10,7 +10,7 @@ import io
 import os
 from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from ..core.layer import relink
 from ..core.lifecycle import adapters_of
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import TensorFile, find_file, read_pickle, settle, write_beside, write_tensors
-from . import embeddings, prompting
+from . import embeddings, fused, prompting
 from .origin import strict_by_choice
 from .parts import configs_of, root_of
 
@@ -224,6 +224,16 @@ def stored(
     if path.suffix == ".safetensors":
         return Stored(path, TensorFile(path), {}, where, key_mapping)
     return Stored(path, None, read_pickle(path, where), where, key_mapping)
+
+
+def unfused(given: Stored, model: nn.Module, config: PeftConfig, origin: str) -> Stored:
+    """A file as it is for the model: adapters on single experts put on the stacks that the model has of them.
+
+    Raises `AdapterFileError` where that cannot be done.
+    """
+    if not fused.concerns(config, given.shapes()):
+        return given
+    return replace(given, file=None, pickled=fused.converted(model, config, given.read(), origin), key_mapping=None)
 
 
 @dataclass(frozen=True)

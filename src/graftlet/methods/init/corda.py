@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from ...core.method import View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
 from ..data.stream import check_all_seen, feed, keep, kept, linear_layers, rank_of, used, watching
+from ..data.turns import ROOM, Record, can_be_seen_again, key_of, measured, progress, turns
 from . import start
 from .spectral import readable, without
 
@@ -79,6 +79,8 @@ def preprocess_corda(
     lora_config: Any,
     run_model: Any = None,
     hooked_model: nn.Module | None = None,
+    room: float = ROOM,
+    show_progress_bar: bool = False,
 ) -> None:
     """Find each linear layer's directions on data, and leave them on it for the start `corda`.
 
@@ -86,34 +88,42 @@ def preprocess_corda(
         lora_config: which layers, at what rank; `corda_config` says how.
         run_model: a function that runs the model on the data, or the batches themselves. Not needed where
             `corda_config` names a file that is there. hooked_model: watch this model's layers of the same paths instead.
+        room: bytes for covariances. Where those of all layers take more, the data is run through several times, for some
+            layers each time; not where it can be seen but once, or where `covariance_file` is to hold them all.
+        show_progress_bar: count the layers that are done.
+
+    What was found before a kill is in `cache_file` with `.part` behind its name, and is not looked for again.
     """
     options = lora_config.corda_config or CordaConfig()
     sites = linear_layers(model, lora_config)
-    if options.cache_file and Path(options.cache_file).exists():
-        found = torch.load(options.cache_file, map_location="cpu", weights_only=True)
-        check_all_seen(sites, found)
-    else:
-        covariances = _covariances(model, sites, options, run_model, hooked_model)
+    ranks = {path: rank_of(lora_config, path) for path in sites}
+    record = Record(options.cache_file, key_of(sites, start="corda", mode=options.corda_method, ranks=ranks))
+    again = can_be_seen_again(run_model) and not options.covariance_file
+
+    def measure(paths: list[str]) -> dict[str, Triple]:
+        covariances = _covariances(model, {p: sites[p] for p in paths}, options, run_model, hooked_model)
         found = {}
-        for path, site in sites.items():
-            found[path] = _directions(site, covariances.pop(path), rank_of(lora_config, path), options.corda_method)
+        for path in paths:
+            found[path] = _directions(sites[path], covariances.pop(path), ranks[path], options.corda_method)
             if options.verbose:
                 print(f"corda: {path}")
+        return found
+
+    groups = turns({p: 4 * site.features_in**2 for p, site in sites.items()}, room, again)
+    with progress(len(sites), "corda: layers", show_progress_bar) as tell:
+        found = measured(record, groups, measure, tell)
     for path, site in sites.items():
         keep(site, "corda", tuple(found[path]))
-    if options.cache_file and not Path(options.cache_file).exists():
-        torch.save(found, options.cache_file)
 
 
 def _covariances(
     model: nn.Module, sites: dict[str, Site], options: CordaConfig, data: Any, hooked: nn.Module | None
 ) -> dict[str, Tensor]:
     """The mean of `(X / |max X|)^T (X / |max X|)` over a layer's calls."""
-    file = options.covariance_file
-    if file and Path(file).exists():
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        check_all_seen(sites, found)
-        return found
+    record = Record(options.covariance_file, key_of(sites, start="corda", half=options.use_float16_for_covariance))
+    if record.found:
+        check_all_seen(sites, record.found)
+        return dict(record.found)
     if data is None:
         raise ConfigError("preprocess_corda needs run_model: a function that runs the model on data, or batches of it.")
     sums: dict[str, Tensor] = {}
@@ -122,8 +132,7 @@ def _covariances(
         feed(model, data)
     check_all_seen(sites, sums)
     means = {path: total.float() / calls[path] for path, total in sums.items()}
-    if file:
-        torch.save(means, file)
+    record.add(means, True)
     return means
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from ...core.method import View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
 from ..data.stream import call, check_all_seen, keep, kept, linear_layers, rank_of, used
+from ..data.turns import ROOM, Record, key_of, measured, progress, turns
 from . import start
 from .spectral import readable, without
 
@@ -99,26 +99,38 @@ def _chosen(direction: str, r: int) -> tuple[list[int], list[int]]:
 
 
 def preprocess_loraga(
-    model: nn.Module, lora_config: Any, train_step: Callable[[], Any], cache_file: str | None = None
+    model: nn.Module,
+    lora_config: Any,
+    train_step: Callable[[], Any],
+    cache_file: str | None = None,
+    room: float = ROOM,
+    show_progress_bar: bool = False,
 ) -> None:
     """Find the directions of each linear layer's mean gradient, and leave them on it for the start `lora_ga`.
 
     Args:
-        train_step: runs forward and backward on the untouched model, any number of times.
-        cache_file: keep the gradients here, and read them from here where the file is.
+        train_step: runs forward and backward on the untouched model, any number of times. It is called again for other
+            layers where the gradients of all take more than `room` bytes.
+        cache_file: keep what was found here, and read it from here where the file is; before all is found, what was is in
+            a file with `.part` behind its name. show_progress_bar: count the layers that are done.
     """
     sites = linear_layers(model, lora_config)
-    if cache_file and Path(cache_file).exists():
-        gradients = torch.load(cache_file, map_location="cpu", weights_only=True)
-    else:
-        with _gathering(model, sites) as gradients:
+    ranks = {path: rank_of(lora_config, path) for path in sites}
+
+    def measure(paths: list[str]) -> dict[str, Any]:
+        group = {p: sites[p] for p in paths}
+        with _gathering(model, group) as gradients:
             train_step()
-        if cache_file:
-            torch.save(gradients, cache_file)
-    check_all_seen(sites, gradients)
-    with torch.no_grad():
-        for path, site in sites.items():
-            keep(site, "lora_ga", _directions(site.canonical(gradients[path]).float(), rank_of(lora_config, path)))
+        check_all_seen(group, gradients)
+        with torch.no_grad():
+            return {p: _directions(s.canonical(gradients.pop(p)).float(), ranks[p]) for p, s in group.items()}
+
+    record = Record(cache_file, key_of(sites, start="lora_ga", ranks=ranks))
+    groups = turns({p: 4 * site.weight.numel() for p, site in sites.items()}, room, True)
+    with progress(len(sites), "lora_ga: layers", show_progress_bar) as tell:
+        found = measured(record, groups, measure, tell)
+    for path, site in sites.items():
+        keep(site, "lora_ga", tuple(found[path]))
 
 
 @contextmanager

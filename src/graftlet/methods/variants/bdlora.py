@@ -37,6 +37,13 @@ class BdLoraConfig:
     def __post_init__(self) -> None:
         if self.nblocks < 1:
             raise ConfigError(f"BdLoraConfig: nblocks={self.nblocks}; at least 1 is needed.")
+        for one in self.target_modules_bd_a or ():
+            for other in self.target_modules_bd_b or ():
+                if one in other or other in one:
+                    raise ConfigError(
+                        f"BdLoraConfig: {one!r} of target_modules_bd_a and {other!r} of target_modules_bd_b overlap; only "
+                        "one factor of a layer can be block-diagonal."
+                    )
 
     def side(self, key: str) -> str | None:
         """Which factor of a layer is block-diagonal; None for an ordinary pair."""
