@@ -125,6 +125,15 @@ def test_what_is_more_than_a_product_stays_so(make: Callable[[], nn.Linear]) -> 
     torch.testing.assert_close(made(x), before)
 
 
+def test_an_output_may_be_changed_in_place() -> None:
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"]))
+    y = made(torch.randn(2, 3, 6))
+    y[0].mul_(2)
+    y.sum().backward()
+    B = made.base_model.model[0].lora_B["default"].weight
+    assert B.grad is not None
+
+
 def test_a_weight_that_learns_gets_its_gradient() -> None:
     made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"]))
     weight = made.base_model.model[0].base_layer.weight.requires_grad_()

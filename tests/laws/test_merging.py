@@ -161,7 +161,7 @@ def test_bits_are_kept_step_by_step(count: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(residuals, "STEP", 128)
     with seeded(0):
         tensor = torch.randn(count)
-        estimate = tensor * (1 + 1e-6 * torch.randn(count))
+        estimate = tensor * (1 + 1e-7 * torch.randn(count))
         estimate[::50] *= 3
     held = residual(tensor, estimate)
     monkeypatch.setattr(residuals, "STEP", 64)

@@ -47,7 +47,7 @@ def test_two_variants_are_refused(one: str, other: str) -> None:
         ({"init_lora_weights": "orthogonal", "r": 3}, "even rank; r=3"),
         ({"init_lora_weights": "orthogonal", "r": 4, "rank_pattern": {"q_proj": 5}}, "even rank; q_proj=5"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 3}}, "loftq_bits"),
-        ({"kasa_config": {"betta": 1.0}}, "KasaConfig has no field 'betta', did you mean 'beta'"),
+        ({"kasa_config": {"betta": 1.0}}, "kasa_config has no field 'betta', did you mean 'beta'"),
         ({"use_bdlora": {"target_modules_bd_a": ["proj"], "target_modules_bd_b": ["q_proj"]}}, "overlap"),
     ],
     ids=str,

@@ -24,6 +24,7 @@ class Runs:
 
     def __init__(self, model: Any, start: str, fails: int = 0) -> None:
         self.model, self.start, self.fails, self.count = model, start, fails, 0
+        self.found: Any = None
 
     def __call__(self) -> None:
         self.count += 1
@@ -43,12 +44,12 @@ def prepare(start: str, run: Runs, cache: Path | None, mode: str = "ipm", r: int
         lora.preprocess_corda(run.model, config, run, **options)
     else:
         lora.preprocess_loraga(run.model, config, run, None if cache is None else str(cache), **options)
-    run.model.found = graftlet.get_peft_model(run.model, config)
+    run.found = graftlet.get_peft_model(run.model, config)
 
 
 def state(run: Runs) -> dict[str, torch.Tensor]:
     """The products and the base's weights: what does not depend on the signs of directions."""
-    held = run.model.found.state_dict()
+    held = run.found.state_dict()
     made = {k: held[k.replace("lora_A", "lora_B")] @ t for k, t in held.items() if ".lora_A." in k}
     return {**made, **{k: t for k, t in held.items() if ".lora_" not in k}}
 

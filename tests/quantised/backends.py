@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,20 @@ def present(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # not even what it is in
         return False
+
+
+def compiles() -> bool:
+    """Whether quanto can build what unpacks its small integers, as it does at first use; a lock that a killed build left
+    behind is taken away, since all later ones would wait for it."""
+    if not present("optimum.quanto") or not (shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++"))):
+        return False
+    spec = importlib.util.find_spec("optimum.quanto")
+    assert spec is not None
+    assert spec.origin is not None
+    for lock in Path(spec.origin).parent.glob("library/extensions/*/build/lock"):
+        if time.time() - lock.stat().st_mtime > 300:
+            lock.unlink(missing_ok=True)
+    return True
 
 
 @dataclass(frozen=True)
@@ -142,5 +159,5 @@ BACKENDS = [
         Backend("quanto-int4", "optimum.quanto", quanto("qint4"), 1e-5, 0.15, False),
         Backend("quanto-int2", "optimum.quanto", quanto("qint2"), 1e-5, 0.6, False),
     ]
-    if present(b.needs)
+    if present(b.needs) and (b.name not in ("quanto-int4", "quanto-int2") or compiles())
 ]

@@ -84,9 +84,11 @@ def _product(
         h = _dropped().shrunk(rows, words, A)
     else:
         h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
-    y = scaled(h, B.t(), scale) if b is None else torch.addmm(b, h, B.t(), alpha=scale)
-    y.addmm_(rows, W.t())  # the sum is read where it would be written, while the products are made
-    return y.view(*x.shape[:-1], y.shape[-1]), h
+    y = x.new_empty(*x.shape[:-1], B.shape[0])  # not a view, which could not be changed in place
+    flat = y.view(-1, B.shape[0])
+    torch.addmm(flat if b is None else b, h, B.t(), beta=0 if b is None else 1, alpha=scale, out=flat)
+    flat.addmm_(rows, W.t())  # the sum is read where it would be written, while the products are made
+    return y, h
 
 
 def scaled(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:

@@ -65,12 +65,14 @@ class Record:
 
     def _read(self, place: Path) -> dict[str, Any]:
         held = torch.load(place, map_location="cpu", weights_only=True)
-        if held.keys() != {"key", "found"}:
+        if not held.keys() >= {"key", "found"}:
             return held  # as earlier files are
         if held["key"] != self.key:
             raise ConfigError(
                 f"{place} was found for another model, other layers or other options; delete it, or name another file."
             )
+        if "random" in held:
+            torch.set_rng_state(held["random"])  # what is left draws what it would have drawn
         return held["found"]
 
     def add(self, found: Mapping[str, Any], whole: bool) -> None:
@@ -80,7 +82,7 @@ class Record:
         if place is None or self.part is None:
             return
         new = place.with_name(f".{place.name}.{os.getpid()}")
-        torch.save({"key": self.key, "found": self.found}, new)
+        torch.save({"key": self.key, "found": self.found} | ({} if whole else {"random": torch.get_rng_state()}), new)
         os.replace(new, place)
         if whole:
             self.part.unlink(missing_ok=True)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of what was measured on a GPU, from the JSON files beside it: `python benchmarks/gpu/tables.py`.
+
+Writes benchmarks/results/gpu.md from training-step.json and serving.json in that folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def loaded(name: str) -> dict[str, Any] | None:
+    file = RESULTS / name
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def where(found: dict[str, Any]) -> str:
+    facts = f"{found['device']}, torch {found['torch']}, transformers {found['transformers']}"
+    return f"{facts}, graftlet {found['graftlet']}, {found['date']}."
+
+
+def by_what(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        table.setdefault(row["what"], {})[row["who"]] = row
+    return table
+
+
+def steps(found: dict[str, Any]) -> Iterator[str]:
+    yield "## A training step\n"
+    yield "Llama of 8B shape with 16 layers, bf16, 2 x 2,048 tokens, adapters on all linear layers: forward, backward, AdamW."
+    yield f"\n{where(found)}\n"
+    yield "| what | Graftlet | reference | ratio | Graftlet's peak | reference's |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for what, who in by_what(found["rows"]).items():
+        ours, theirs = who.get("graftlet") or who.get("base"), who.get("reference")
+        assert ours is not None
+        other = ["", "", ""] if theirs is None else [f"{theirs['ms']:.0f} ms", f"{ours['ms'] / theirs['ms']:.2f}", ""]
+        peak = "" if theirs is None else f"{theirs['GB']:.1f} GB"
+        yield f"| {what} | {ours['ms']:.0f} ms | {other[0]} | {other[1]} | {ours['GB']:.1f} GB | {peak} |"
+
+
+def serving(found: dict[str, Any]) -> Iterator[str]:
+    yield "\n## Many adapters, files, merging\n"
+    yield "The same model; 32 adapters of r=16 for mixed batches, r=64 (335 MB) for files.\n"
+    yield f"{where(found)}\n"
+    yield "| what | Graftlet | reference | ratio |"
+    yield "|---|---:|---:|---:|"
+    for what, who in by_what(found["rows"]).items():
+        ours, theirs = who.get("graftlet"), who.get("reference")
+        if ours is None:
+            continue
+        other = ["", ""] if theirs is None else [f"{1000 * theirs['s']:.1f} ms", f"{ours['s'] / theirs['s']:.2f}"]
+        yield f"| {what} | {1000 * ours['s']:.1f} ms | {other[0]} | {other[1]} |"
+
+
+def main() -> None:
+    lines = ["# Measured on a GPU\n"]
+    for name, part in (("training-step.json", steps), ("serving.json", serving)):
+        if (found := loaded(name)) is not None:
+            lines += part(found)
+    lines.append(
+        "\nMade by `python benchmarks/gpu/tables.py` from the JSON files beside it; scripts: `benchmarks/gpu/`."
+    )
+    (RESULTS / "gpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
