@@ -66,34 +66,49 @@ def filled(model: Any) -> Any:
 def mixed(key: str, library: Any, model: Any) -> list[Row]:
     """32 rows, of 1 and of 128 tokens: the base, one adapter active, one for all rows, 32 mixed."""
     rows: list[Row] = []
-    vocabulary = model.config.vocab_size
+    model.eval()
+    inputs = {t: torch.randint(0, model.config.vocab_size, (COUNT, t), device=DEVICE) for t in (1, 128)}
     with torch.inference_mode():
-        model.eval()
-        inputs = {t: torch.randint(0, vocabulary, (COUNT, t), device=DEVICE) for t in (1, 128)}
         bare = {t: seconds(lambda t=t: model(input_ids=inputs[t], use_cache=False)) for t in inputs}
-        made = filled(library.get_peft_model(model, config(library, 16), "a0"))
-        start = waited()
-        for i in range(1, COUNT):
-            made.add_adapter(f"a{i}", config(library, 16))
-        rows.append({"what": "add 31 adapters", "who": key, "s": waited() - start})
-        filled(made).eval()
-        names = [f"a{i}" for i in range(COUNT)]
+    made = filled(library.get_peft_model(model, config(library, 16), "a0"))
+    start = waited()
+    for i in range(1, COUNT):
+        made.add_adapter(f"a{i}", config(library, 16))
+    rows.append({"what": "add 31 adapters", "who": key, "s": waited() - start})
+    filled(made).eval()
+    names = [f"a{i}" for i in range(COUNT)]
+    with torch.inference_mode():
         for t, ids in inputs.items():
             cases = {
-                "base": lambda ids=ids, t=t: bare[t],
-                "one active": lambda ids=ids: seconds(lambda: made(input_ids=ids, use_cache=False)),
-                "1 adapter": lambda ids=ids: seconds(
-                    lambda: made(input_ids=ids, adapter_names=["a3"] * COUNT, use_cache=False)
-                ),
-                "32 adapters": lambda ids=ids: seconds(
-                    lambda: made(input_ids=ids, adapter_names=names, use_cache=False), 3
-                ),
+                "one active": {},
+                "1 adapter": {"adapter_names": ["a3"] * COUNT},
+                "32 adapters": {"adapter_names": names},
             }
-            rows += [
-                {"what": f"{COUNT} rows of {t}, {what}", "who": key, "s": measure()} for what, measure in cases.items()
-            ]
+            rows.append({"what": f"{COUNT} rows of {t}, base", "who": key, "s": bare[t]})
+            for what, given in cases.items():
+                taken = seconds(lambda ids=ids, given=given: made(input_ids=ids, use_cache=False, **given))
+                rows.append({"what": f"{COUNT} rows of {t}, {what}", "who": key, "s": taken})
+            if key == "graftlet":
+                rows.append(
+                    {
+                        "what": f"{COUNT} rows of {t}, worst row against its own run",
+                        "who": "error",
+                        "s": apart(made, ids, names),
+                    }
+                )
     made.unload()
     return rows
+
+
+def apart(made: Any, ids: torch.Tensor, names: list[str]) -> float:
+    """How far rows of a mixed batch are from a batch of their adapter alone, at most, as a share of the norm."""
+    together = made(input_ids=ids, adapter_names=names, use_cache=False).logits
+    worst = 0.0
+    for i in (0, 13, 31):
+        made.set_adapter(names[i])
+        alone = made(input_ids=ids, use_cache=False).logits[i]
+        worst = max(worst, float((together[i] - alone).float().norm() / alone.float().norm()))
+    return worst
 
 
 def files(key: str, library: Any, model: Any) -> list[Row]:
@@ -178,8 +193,8 @@ def main() -> None:
                     print(f"{name} of {key} failed: {type(error).__name__}: {str(error)[:300]}", flush=True)
                 gc.collect()
                 release()
-                for row in merged(rows)[-12:]:
-                    print(f"{row['what']:32} {row['who']:10} {1000 * row['s']:10.1f} ms", flush=True)
+    for row in merged(rows):
+        print(f"{row['what']:48} {row['who']:10} {1000 * row['s']:10.2f} ms", flush=True)
     if options.out:
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
         facts = {

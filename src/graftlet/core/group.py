@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .algebra import Factors
+from .kernel import kernels
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,26 @@ class Group:
         A = torch.stack([pad(f.A[0], (0, 0, 0, r - f.A.shape[1])) for f in parts])
         B = torch.stack([pad(f.B[0], (0, r - f.B.shape[2])) * f.scale for f in parts])
         return cls(A, B, dtype)
+
+    def lean(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the products may be made in the layer's own half precision, and summed into its output as it is."""
+        half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and y.dtype == x.dtype
+        return half and self.gain is None and not torch.is_grad_enabled() and bool(kernels())
+
+    def added_to(self, y: Tensor, x: Tensor, owner: Tensor | None) -> Tensor:
+        """The output y, which is written over, with what is added for each row; owner None: row i is of adapter i."""
+        A, B = self.halved if x.dtype == self.halved[0].dtype else (self.A.to(x.dtype), self.B.to(x.dtype))
+        if owner is not None:
+            A, B = A.index_select(0, owner), B.index_select(0, owner)
+        rows, out = x.reshape(len(x), -1, x.shape[-1]), y.view(len(y), -1, y.shape[-1])
+        out.baddbmm_(torch.bmm(rows, A.mT), B.mT)
+        return y
+
+    @functools.cached_property
+    def halved(self) -> tuple[Tensor, Tensor]:
+        """A and B in half precision, made once."""
+        kept = self.A.dtype if self.A.dtype.itemsize == 2 else torch.bfloat16
+        return self.A.to(kept), self.B.to(kept)
 
     def added(self, x: Tensor, owner: Tensor, plain: Callable[[], Tensor]) -> Tensor:
         """What is added to the layer's output for rows `x [n, ..., in]`, each by the adapter of its owner's number.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
-from ..weights.rounding import note
+from ..weights.rounding import finite, note
 from ..weights.site import Site
 from ..weights.storage import MARKS, PLAIN
 from .context import BASE, Call, current, using
@@ -488,11 +488,6 @@ class AdaptedLayer(Together, Scales, Boxes):
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
         self.kept, self.merged_adapters = None, []
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; in one pass, and without a mask of them."""
-    return all(bool(end.isfinite()) for end in tensor.aminmax()) if tensor.numel() else True
 
 
 def relink(model: nn.Module, adapter: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
+from ..weights.rounding import finite
 from ..weights.site import Parameter
 from .host import AdapterHost, Shell, commons, hosts
 from .layer import AdaptedLayer
@@ -175,7 +176,7 @@ def check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
 
 def unfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """A sentence on the tensors that hold NaN or Inf, if any do."""
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not _widened(t).isfinite().all()]
+    bad = [k for k, t in tensors.items() if t.is_floating_point() and not finite(_widened(t))]
     return [f"NaN or Inf in {len(bad)} tensors: {listing(bad, 4)}"] if bad else []
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,32 @@ if TYPE_CHECKING:
     from ..weights.site import Site
 
 
+Guard = tuple["dict[str, Any]", str, Any]
+"""A dictionary, a key, and what stood there."""
+
+
+class Held:
+    """A group, and what it was made from: for whom, where things stood, and which version the tensors among them had."""
+
+    def __init__(self, key: tuple[Any, ...], guards: list[Guard], group: Group) -> None:
+        self.key, self.group = key, group
+        once = {(id(place), name): (place, name, value) for place, name, value in guards}.values()
+        self.places, self.names, self.values = map(list, zip(*once, strict=True))
+        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        self.marks = self._marks()
+
+    def good(self, key: tuple[Any, ...]) -> bool:
+        """Whether all of it is as it was. Asked by every layer in every call: no loop of it is Python's own."""
+        same = key == self.key and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+        return same and self._marks() == self.marks
+
+    def _marks(self) -> tuple[list[int], list[int]]:
+        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+
+
+_version = operator.attrgetter("_version")
+
+
 class LastGroup:
     """The group that a layer used last, for as long as all that it was made from is the same.
 
@@ -27,24 +54,26 @@ class LastGroup:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[list[Any], list[Any], Group] | None = None
+        self._held: Held | None = None
 
     def clear(self) -> None:
         """Forget it."""
         self._held = None
 
-    def get(self, sources: list[Any], make: Callable[[], Group | None]) -> Group | None:
-        """The group of these sources (tensors, and plain values that are compared), made where it is not at hand."""
-        idle = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if idle or any(isinstance(s, Tensor) and s.is_inference() for s in sources):
+    def get(
+        self, key: tuple[Any, ...], guards: Callable[[], list[Guard] | None], make: Callable[[], Group | None]
+    ) -> Group | None:
+        """The group at hand, or a new one; it is kept where guards can be set over what it is made from."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
-        held, marks = self._held, [_mark(s) for s in sources]
-        if held is not None and held[1] == marks:
-            return held[2]
-        made = make()
-        kept = [s.detach() for s in sources if isinstance(s, Tensor)]  # so that no other tensor comes to their places
-        self._held = None if made is None else (kept, marks, made)
-        return made
+        if self._held is not None and self._held.good(key):
+            return self._held.group
+        self._held, group = None, make()
+        over = guards() if group is not None else None
+        lasting = over is not None and not any(isinstance(v, Tensor) and v.is_inference() for _, _, v in over)
+        if group is not None and over is not None and lasting:
+            self._held = Held(key, over, group)
+        return group
 
     def __deepcopy__(self, memo: Any) -> LastGroup:
         return LastGroup()
@@ -53,10 +82,16 @@ class LastGroup:
         return LastGroup, ()
 
 
-def _mark(source: Any) -> Any:
-    if isinstance(source, Tensor):
-        return (source.data_ptr(), source._version, source.dtype, source.shape)
-    return source
+def steps(place: Any, *path: str) -> list[Guard] | None:
+    """The way from a module to what it holds, a guard a step; None where it holds that in no dictionary of its own."""
+    found: list[Guard] = []
+    for name in path:
+        within = (d for d in (place._parameters, place._modules, place._buffers) if name in d)
+        if (where := next(within, None)) is None:
+            return None
+        found.append((where, name, where[name]))
+        place = where[name]
+    return found
 
 
 class Peers(Mapping[str, tuple[Method, View]]):
@@ -103,6 +138,8 @@ class Together(AdapterHost):
             return None
         rows, owner = call.which(names, len(x), x.device)
         every, y = len(rows) == len(x), whole(x)
+        if every and group.lean(x, y):
+            return group.added_to(y, x, None if len(names) == len(x) else owner)
 
         def plain() -> Tensor:
             own, b = y if every else y.index_select(0, rows), whole.bias()
@@ -114,24 +151,24 @@ class Together(AdapterHost):
 
     def _group(self, names: tuple[str, ...], whole: Stage) -> Group | None:
         """Adapters as one computation, kept from call to call while nothing that they are made from has changed."""
-        method = self.methods[names[0]]
 
         def make() -> Group | None:
-            return method.grouped([self.view(name) for name in names], whole)
+            return self.methods[names[0]].grouped([self.view(name) for name in names], whole)
 
-        sources: list[Any] = [names, self.training, self.cast_input_dtype_enabled, self.site.weight]
-        for name in names:
-            sources += self._sources(name)
-        return self._last.get(sources, make)
+        def guards() -> list[Guard] | None:
+            parts = [steps(self.site.module, self.site.name), *(part for name in names for part in self._guards(name))]
+            return None if None in parts else [guard for part in parts for guard in part or ()]
 
-    def _sources(self, name: str) -> Iterator[Any]:
-        """All that an adapter's view is made from."""
-        boxes: dict[str, Any] = self._modules
-        yield self.methods[name]
+        return self._last.get((names, self.training, self.cast_input_dtype_enabled), guards, make)
+
+    def _guards(self, name: str) -> Iterator[list[Guard] | None]:
+        """Over all that an adapter's view is made from."""
+        yield [(self.methods, name, self.methods[name])]
         for key in self.settings[name]:
-            yield self.__dict__[key][name] if key in self.__dict__ else boxes[key][name]
+            held = self.__dict__.get(key)
+            yield steps(self._modules[key], name) if held is None else [(held, name, held[name])]
         for _, box, entry, _ in self._reads[name]:
-            held = boxes[box][name]
-            yield held if entry is None else held[entry]
+            yield steps(self, box, name, *([] if entry is None else entry.split(".", 1)))
         for common in self.commons.get(name, {}).values():
-            yield from common.tensors(name).values()
+            for entry in common.specs[name]:
+                yield steps(common, name, *([entry] if entry else []))

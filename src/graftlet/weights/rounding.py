@@ -65,3 +65,8 @@ def note(site: Site, rounding: Rounding | None) -> None:
 def noted(module: nn.Module) -> Iterator[Rounding]:
     """What was lost in a module itself."""
     yield from module.__dict__.get(NOTED, {}).values()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; in one pass, and without a mask of them."""
+    return all(bool(end.isfinite()) for end in tensor.aminmax()) if tensor.numel() else True
