@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -245,3 +246,28 @@ def test_without_cuda_a_model_stays_as_it_is_and_says_why() -> None:
     assert "CUDA" in str(found)
     assert restore_model(made) is made
     assert optimised(made) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_in_four_bits_is_read_again_for_backward(computed: torch.dtype, plainly: Callable[[], None]) -> None:
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    layers = [bnb.nn.Linear4bit(64, 64, compute_dtype=computed, quant_type="nf4") for _ in range(2)]
+    targets = ["0", "1"]
+    made = get_peft_model(nn.Sequential(*layers).to("cpu"), LoraConfig(r=4, target_modules=targets))
+    for i in range(2):
+        nn.init.normal_(made.base_model.model[i].lora_B["default"].weight, std=0.1)
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    factors = [p for p in made.parameters() if p.requires_grad]
+
+    def step() -> tuple[Tensor, ...]:
+        return (y := made(x)), *torch.autograd.grad(y.square().sum(), (x, *factors))
+
+    assert made.base_model.model[0].site.product() is not None
+    fast = step()
+    plainly()
+    for found, wanted in zip(fast, step(), strict=True):
+        assert found.dtype == wanted.dtype
+        assert (found - wanted).norm() <= (1e-5 if computed == torch.float32 else 3e-2) * wanted.norm()

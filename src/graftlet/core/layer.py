@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.rounding import finite, note
-from ..weights.site import Site
+from ..weights.site import Product, Site
 from ..weights.storage import MARKS, PLAIN
 from .context import BASE, Call, current, using
 from .host import hosts
@@ -76,7 +76,7 @@ class Base:
     def origin(self) -> Weights:
         return self.weight() if self.pristine else widened(*self.layer.original())
 
-    def product(self) -> Weights | None:
+    def product(self) -> Product | None:
         return None if self.pure or self.args or self.kwargs else self.layer.site.product()
 
 

@@ -25,7 +25,7 @@ from .kernel import fast
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
-    from ..weights.site import Site
+    from ..weights.site import Product, Site
 
 Weights = tuple[Tensor, "Tensor | None"]
 """A weight `[out, in, *kernel]` and its bias `[out]`, or None."""
@@ -121,7 +121,7 @@ class Stage(Protocol):
     """The layer as far as it is adapted: callable, and able to tell its weight and the one before any adapter.
 
     pristine: no adapter acts in it, so that both are the same. bias: the weight's bias alone, as cheap as can be had.
-    product: the kept weight as a matrix, and bias, where calling the stage is just a product with them; else None.
+    product: what calling the stage is, where that is just a product with the layer's weight; else None.
     """
 
     @property
@@ -130,7 +130,7 @@ class Stage(Protocol):
     def bias(self) -> Tensor | None: ...
     def weight(self) -> Weights: ...
     def origin(self) -> Weights: ...
-    def product(self) -> Weights | None: ...
+    def product(self) -> Product | None: ...
 
 
 class Method(Algebra):

@@ -12,28 +12,44 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..core.algebra import Thin
 from ..core.method import Delta, Stage, View
+from ..weights.site import Product
 from .recipe import Recipe, recipe_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
-    """The kernel: for an update of two thin products on a frozen, dense, linear layer that nothing else looks at."""
-    if type(x) not in (Tensor, nn.Parameter) or not x.is_floating_point() or _elsewhere(x):
+    """The kernel: for an update of two thin products on a frozen linear layer that nothing else looks at."""
+    if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES or x.is_meta:
         return None
     thin, product = method.thin(p), before.product()
-    if thin is None or product is None:
+    if thin is None or product is None or not _ours(x, product) or not (p.casts or thin.A.dtype == x.dtype):
         return None
-    (A, B, scale, rate), (W, b) = thin, product
-    if x.dtype not in DTYPES or W.dtype != x.dtype or x.is_meta or not (p.casts or A.dtype == x.dtype):
-        return None
+    if x.dtype == product.dtype:
+        return _run(method, p, x, thin, product)
+    return _run(method, p, _last.cast(x, product.dtype), thin, product).to(x.dtype)
+
+
+def _ours(x: Tensor, product: Product) -> bool:
+    """Whether nobody else sees to how operations are done: autocast, a transform of functions."""
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    if product.casts:
+        return product.dtype in DTYPES
+    return x.dtype == product.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _run(method: Delta, p: View, x: Tensor, thin: Thin, product: Product) -> Tensor:
+    (A, B, scale, rate), (W, b, *_) = thin, product
     own = words = None
     if rate and (kernels := dropping(x, A)) is not None:
         words, scale = kernels.bits(x.flatten(0, -2), rate), scale / (1 - rate)
@@ -43,6 +59,14 @@ def forward(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
         return _product(x, own, words, A.to(x.dtype), B.to(x.dtype), W, b, scale)[0]
     meeting, met = _last.of(x)
     return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe_of(x))
+
+
+Source = Tensor | Callable[[], Tensor]
+"""A weight, or what reads it anew each time that it is needed."""
+
+
+def _at_hand(W: Source) -> Tensor:
+    return W if isinstance(W, Tensor) else W()
 
 
 def dropping(x: Tensor, A: Tensor) -> Any:
@@ -62,19 +86,13 @@ def _dropped() -> Any:
     return dropped_triton
 
 
-def _elsewhere(x: Tensor) -> bool:
-    """Whether somebody else sees to how operations are done: autocast, a transform of functions."""
-    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-    return transformed or torch.is_autocast_enabled(x.device.type)
-
-
 def _product(
     x: Tensor,
     own: Tensor | None,
     words: Tensor | None,
     A: Tensor,
     B: Tensor,
-    W: Tensor,
+    W: Source,
     b: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -86,8 +104,8 @@ def _product(
         h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
     y = x.new_empty(*x.shape[:-1], B.shape[0])  # not a view, which could not be changed in place
     flat = y.view(-1, B.shape[0])
-    torch.addmm(flat if b is None else b, h, B.t(), beta=0 if b is None else 1, alpha=scale, out=flat)
-    flat.addmm_(rows, W.t())  # the sum is read where it would be written, while the products are made
+    torch.addmm(flat if b is None else b.to(h.dtype), h, B.t(), beta=0 if b is None else 1, alpha=scale, out=flat)
+    flat.addmm_(rows, _at_hand(W).t())  # the sum is read where it would be written, while the products are made
     return y, h
 
 
@@ -118,7 +136,7 @@ class LowRankProduct(torch.autograd.Function):
         words: Tensor | None,
         A: Tensor,
         B: Tensor,
-        W: Tensor,
+        W: Source,
         b: Tensor | None,
         scale: float,
         meeting: Meeting,
@@ -128,7 +146,8 @@ class LowRankProduct(torch.autograd.Function):
         y, h = _product(x, own, words, thin, wide, W, b, scale)
         ctx.make = None if recipe is None or own is not None else recipe.make
         parts = recipe.parts if recipe is not None and ctx.make is not None else (x if own is None else own,)
-        ctx.save_for_backward(h, thin, wide, W, words, *parts)
+        ctx.save_for_backward(h, thin, wide, W if isinstance(W, Tensor) else None, words, *parts)
+        ctx.read = None if isinstance(W, Tensor) else W
         ctx.scale, ctx.meeting, ctx.dtype, ctx.apart = scale, meeting, A.dtype, own is not None
         return y
 
@@ -149,7 +168,7 @@ class LowRankProduct(torch.autograd.Function):
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:
-            ctx.meeting.add(dy, W, None if ctx.apart or dh is None else (dh, A, words))
+            ctx.meeting.add(dy, ctx.read if W is None else W, None if ctx.apart or dh is None else (dh, A, words))
         return None, dx, None, dA, dB, None, None, None, None, None
 
 
@@ -161,10 +180,10 @@ class Meeting:
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
-        self.parts: list[tuple[Tensor, Tensor]] = []
+        self.parts: list[tuple[Tensor, Source]] = []
         self.thin: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
-    def add(self, dy: Tensor, W: Tensor, thin: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
+    def add(self, dy: Tensor, W: Source, thin: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
         """A part `dy W + dh A` of the gradient, the second product only where the words say."""
         self.parts.append((dy, W))
         if thin is not None:
@@ -178,9 +197,9 @@ class Meeting:
             return None
         dx = _thin_sum(thin)
         if dx is None:
-            dx, parts = torch.mm(*parts[0]), parts[1:]
+            dx, parts = torch.mm(parts[0][0], _at_hand(parts[0][1])), parts[1:]
         for dy, W in parts:
-            dx.addmm_(dy, W)
+            dx.addmm_(dy, _at_hand(W))
         return dx.view(self.shape)
 
 
@@ -228,6 +247,9 @@ class _Last(threading.local):
     met: Tensor | None = None
     source: weakref.ref[Tensor] | None = None
     version = 0
+    narrow: Tensor | None = None
+    wide: weakref.ref[Tensor] | None = None
+    wide_version = 0
 
     def of(self, x: Tensor) -> tuple[Meeting, Tensor]:
         """The meeting of an input: the last one, where that was given the very same tensor."""
@@ -240,6 +262,20 @@ class _Last(threading.local):
         self.meeting, self.met, self.version = made, met, version
         self.source = weakref.ref(x, self.forget)
         return made, met
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """An input in another dtype: the same tensor for all layers that are given the same."""
+        wide = self.wide
+        if wide is None or self.narrow is None or wide() is not x or self.wide_version != x._version:
+            self.narrow, self.wide_version = None, x._version
+            self.narrow, self.wide = x.to(dtype), weakref.ref(x, self.forget_cast)
+        elif self.narrow.dtype != dtype or self.narrow.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
+            return x.to(dtype)
+        return self.narrow
+
+    def forget_cast(self, gone: weakref.ref[Tensor]) -> None:
+        if self.wide is gone:
+            self.narrow = self.wide = None
 
     def forget(self, gone: weakref.ref[Tensor]) -> None:
         """Let go of an input that nobody else holds any more."""

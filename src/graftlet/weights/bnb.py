@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from .storage import Packed, Storage, rounded
@@ -19,6 +20,11 @@ class FourBit(Packed):
     """`Linear4bit`, or any layer with a `Params4bit`. Until it is moved to a device for the first time it is a plain one."""
 
     backend = "bnb 4bit"
+
+    def computes_in(self, module: nn.Module, name: str) -> torch.dtype | None:
+        if type(module).forward is not Linear4bit.forward or _state(module, name) is None:
+            return None
+        return cast(Any, module).compute_dtype
 
     def shape(self, module: nn.Module, name: str) -> torch.Size:
         kept, state = self.tensor(module, name), _state(module, name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,15 @@ from .storage import PLAIN, Storage, packed, qualified, storage_of, unusable
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
+
+
+class Product(NamedTuple):
+    """`y = x W^T + b`, W `[out, in]` or what reads it. casts: the input is brought to `dtype`, the output back to its own."""
+
+    W: Tensor | Callable[[], Tensor]
+    b: Tensor | None
+    dtype: torch.dtype
+    casts: bool = False
 
 
 class Weighted(nn.Module):
@@ -168,8 +177,8 @@ class Site:
 
     # the operation
 
-    def product(self) -> tuple[Tensor, Tensor | None] | None:
-        """The kept weight `[out, in]` and bias where calling the module is a product with them and nothing else."""
+    def product(self) -> Product | None:
+        """What calling the module is, where that is a product with its weight and nothing else; None where it is more."""
         return None
 
     def op(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -246,19 +255,21 @@ class Linear(Site):
     kinds = ("torch.nn.modules.linear.Linear",)
     linear = True
 
-    def product(self) -> tuple[Tensor, Tensor | None] | None:
-        W, b = self.weight, self.read_bias()
-        learns = W.requires_grad or (b is not None and b.requires_grad)
-        if learns or type(W) not in (Tensor, nn.Parameter) or self.storage is not PLAIN or not self.bare:
+    def product(self) -> Product | None:
+        W, b, storage = self.weight, self.read_bias(), self.storage
+        if W.requires_grad or (b is not None and b.requires_grad) or self._watched():
             return None
-        return self.canonical(W), b
+        if (dtype := storage.computes_in(self.module, self.name)) is not None:
+            return Product(lambda: storage.read(self.module, self.name).to(dtype), b, dtype, casts=True)
+        if storage is PLAIN and self._known and type(W) in (Tensor, nn.Parameter):
+            return Product(self.canonical(W), b, W.dtype)
+        return None
 
-    @property
-    def bare(self) -> bool:
-        """Whether a call of the module is the operation that its class stands for, and nothing before or after it."""
+    def _watched(self) -> bool:
+        """Whether anything is done before or after a call of the module, or in its place."""
         m = self.module
         hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        return self._known and not (hooks or "forward" in m.__dict__ or _has_any_global_hook())
+        return bool(hooks or "forward" in m.__dict__ or _has_any_global_hook())
 
     @functools.cached_property
     def _known(self) -> bool:

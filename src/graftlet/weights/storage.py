@@ -64,6 +64,13 @@ class Storage:
         """Why another weight cannot be kept, as the end of a sentence; None where it can."""
         return self.unreadable(module, name)
 
+    def computes_in(self, module: nn.Module, name: str) -> torch.dtype | None:
+        """In what dtype calling a linear layer is a product with what is read, its output brought back to the input's.
+
+        None where a call is something else, or that is not known.
+        """
+        return None
+
     def can_read(self, module: nn.Module, name: str = "weight") -> bool:
         return self.unreadable(module, name) is None
 

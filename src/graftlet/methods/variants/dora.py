@@ -97,9 +97,9 @@ class DoRA(Wrapper, Rewrite):
 
     def _norms(self, p: View, before: Stage) -> Tensor:
         thin, product = self.inner.thin(p), before.product()
-        if thin is None or product is None or not self._quick(p, before):
+        if thin is None or product is None or not isinstance(product.W, Tensor) or not self._quick(p, before):
             return row_norm(self.inner.transform(p, before.weight()[0], None)[0]).detach()
-        return row_norms(product[0], thin.A, thin.B, thin.scale)
+        return row_norms(product.W, thin.A, thin.B, thin.scale)
 
     def _quick(self, p: View, before: Stage) -> bool:
         """Whether kernels may be used, and the norms be found from the factors."""
