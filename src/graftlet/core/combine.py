@@ -23,7 +23,8 @@ from .algebra import Factors
 from .arithmetic import RULES, Cut, Fitted, Rule, apart, of_matrices, of_products, stacked
 from .block import AdaptedBlock
 from .host import AdapterHost, check_known, check_name, hosts
-from .layer import AdaptedLayer, relink, widened
+from .layer import AdaptedLayer, widened
+from .lifecycle import relink
 from .method import Method, Weights
 from .replace import Replacement
 

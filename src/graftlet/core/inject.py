@@ -24,7 +24,8 @@ from ..weights.site import Parameter, Site
 from .around import Block
 from .block import BlockHost, host_for, started
 from .host import AdapterHost, Shell, commons, home_of
-from .layer import AdaptedLayer, Branch, relink
+from .layer import AdaptedLayer, Branch
+from .lifecycle import relink
 from .method import Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place

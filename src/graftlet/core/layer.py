@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
+from ..weights.product import Product
 from ..weights.rounding import finite, note
-from ..weights.site import Product, Site
+from ..weights.site import Site
 from ..weights.storage import MARKS, PLAIN
 from .context import BASE, Call, current, using
-from .host import hosts
 from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
-from .replace import Replacement
 from .scales import Scales
 from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, renamed, split
 from .together import Peers, Together
@@ -488,15 +487,3 @@ class AdaptedLayer(Together, Scales, Boxes):
         if self._shared:
             setattr(self.site.module, self.site.name, self._shared.pop())
         self.kept, self.merged_adapters = None, []
-
-
-def relink(model: nn.Module, adapter: str) -> None:
-    """Share again what an adapter's layers share, after its tensors were loaded one by one."""
-    found = list(hosts(model))
-    layers = {h.keys[adapter]: h for _, h in found if isinstance(h, AdaptedLayer) and adapter in h.methods}
-    for kind in dict.fromkeys(type(h.methods[adapter]) for h in layers.values()):
-        own = {key: h for key, h in layers.items() if type(h.methods[adapter]) is kind}
-        next(iter(own.values())).methods[adapter].link(own, adapter)
-    for _, host in found:
-        if isinstance(host, Replacement):
-            host.relink(adapter)

@@ -219,3 +219,15 @@ def _not_base(host: AdapterHost) -> list[str]:
     if isinstance(host, Replacement):
         return [""]
     return [f"{name}." for name, module in host._modules.items() if module is not host.base]
+
+
+def relink(model: nn.Module, adapter: str) -> None:
+    """Share again what an adapter's layers share, after its tensors were loaded one by one."""
+    found = list(hosts(model))
+    layers = {h.keys[adapter]: h for _, h in found if isinstance(h, AdaptedLayer) and adapter in h.methods}
+    for kind in dict.fromkeys(type(h.methods[adapter]) for h in layers.values()):
+        own = {key: h for key, h in layers.items() if type(h.methods[adapter]) is kind}
+        next(iter(own.values())).methods[adapter].link(own, adapter)
+    for _, host in found:
+        if isinstance(host, Replacement):
+            host.relink(adapter)

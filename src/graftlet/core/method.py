@@ -25,7 +25,8 @@ from .kernel import fast
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
-    from ..weights.site import Product, Site
+    from ..weights.product import Product
+from ..weights.site import Site
 
 Weights = tuple[Tensor, "Tensor | None"]
 """A weight `[out, in, *kernel]` and its bias `[out]`, or None."""

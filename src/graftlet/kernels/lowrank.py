@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core.algebra import Thin
 from ..core.method import Delta, Stage, View
-from ..weights.site import Product
+from ..weights.product import Product
 from .recipe import Recipe, recipe_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -20,7 +20,7 @@ from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
 from ..core.host import check_known, check_name, home_of
-from ..core.layer import relink
+from ..core.lifecycle import relink
 from ..core.prompt import ROWS
 from ..core.target import vocabulary
 from ..core.traffic import calling, changes

@@ -21,8 +21,7 @@ from .. import pair
 from ..config import PeftConfig
 from ..core import state
 from ..core.host import check_known
-from ..core.layer import relink
-from ..core.lifecycle import adapters_of
+from ..core.lifecycle import adapters_of, relink
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import TensorFile, find_file, read_pickle, settle, write_beside, write_tensors
 from . import embeddings, fused, prompting

@@ -9,28 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..errors import MergeError, UnsupportedLayerError
+from .product import Product, watched
 from .storage import PLAIN, Storage, packed, qualified, storage_of, unusable
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
-
-
-class Product(NamedTuple):
-    """`y = x W^T + b`, W `[out, in]` or what reads it. casts: the input is brought to `dtype`, the output back to its own."""
-
-    W: Tensor | Callable[[], Tensor]
-    b: Tensor | None
-    dtype: torch.dtype
-    casts: bool = False
 
 
 class Weighted(nn.Module):
@@ -257,19 +248,13 @@ class Linear(Site):
 
     def product(self) -> Product | None:
         W, b, storage = self.weight, self.read_bias(), self.storage
-        if W.requires_grad or (b is not None and b.requires_grad) or self._watched():
+        if W.requires_grad or (b is not None and b.requires_grad) or watched(self.module):
             return None
         if (dtype := storage.computes_in(self.module, self.name)) is not None:
             return Product(lambda: storage.read(self.module, self.name).to(dtype), b, dtype, casts=True)
         if storage is PLAIN and self._known and type(W) in (Tensor, nn.Parameter):
             return Product(self.canonical(W), b, W.dtype)
         return None
-
-    def _watched(self) -> bool:
-        """Whether anything is done before or after a call of the module, or in its place."""
-        m = self.module
-        hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        return bool(hooks or "forward" in m.__dict__ or _has_any_global_hook())
 
     @functools.cached_property
     def _known(self) -> bool:
