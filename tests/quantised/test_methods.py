@@ -50,18 +50,21 @@ def rows() -> list[tuple[Case, Backend]]:
     ]
 
 
-def table(only: Callable[[Case], bool] = lambda _: True, copies: bool = False) -> Any:
+def table(only: Callable[[Case], bool] = lambda _: True, copies: bool = False, exact: bool = False) -> Any:
+    """copies: the layer must be able to be copied. exact: a call of it must be the product with what is read, to rounding;
+    LLM.int8's rounds the inputs too, so it is another one as soon as a method, or a merge, computes with what is read.
+    """
     found = [
         pytest.param(
             c, b, id=str(c), marks=() if c.entry.name in QUICK and c.first and str(b) == "nf4" else pytest.mark.slow
         )
         for c, b in rows()
-        if only(c) and (b.copies or not copies)
+        if only(c) and (b.copies or not copies) and (b.call < 1e-3 or not exact)
     ]
     return pytest.mark.parametrize(("case", "backend"), found)
 
 
-@table(lambda c: c.starts and not c.rebased)
+@table(lambda c: c.starts and not c.rebased, exact=True)
 def test_a_new_adapter_changes_nothing(case: Case, backend: Backend) -> None:
     laws.a_new_adapter_changes_nothing(case)
 
@@ -71,7 +74,7 @@ def test_only_declared_tensors_get_gradients(case: Case, backend: Backend) -> No
     laws.only_declared_tensors_get_gradients(case)
 
 
-@table(copies=True)
+@table(copies=True, exact=True)
 def test_disabled_equals_the_base(case: Case, backend: Backend) -> None:
     laws.disabled_equals_the_base(case)
 

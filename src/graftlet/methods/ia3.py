@@ -93,6 +93,8 @@ class Feedforward(IA3):
         return self._scaled(p, W, p.ia3_l), b
 
     def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return lambda W: W / self.unstacked("ia3_l", p.ia3_l, p.site.stack)
         return lambda W: self._scaled(p, W, 1 / p.ia3_l)
 
     def _scaled(self, p: View, W: Tensor, by: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import PeftConfig
+from ..core.algebra import Factors
 from ..core.method import Spec, View
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
@@ -77,6 +78,9 @@ class LoHa(LowRank):
         left = p.hada_w1_a[:, :, None] * p.hada_w2_a[:, None] * p.scaling
         right = p.hada_w1_b[:, None] * p.hada_w2_b
         return right.flatten(0, 1), left.flatten(1)
+
+    def factored(self, p: View) -> Factors | None:
+        return None if p.cored else super().factored(p)  # with a core it is a product of sums
 
     def update(self, p: View, x: Tensor) -> Tensor:
         """Through the thin matrices, unless they are no thinner than dW."""

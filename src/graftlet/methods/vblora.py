@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
 from ..core.method import Spec, View, input_dropout
 from ..core.tensors import check_places
-from ..errors import ConfigError
+from ..errors import AdapterFileError, ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .parts.low_rank import LowRank
@@ -111,6 +111,11 @@ class VBLoRA(LowRank):
         for key in ("vblora_logits_A", "vblora_logits_B"):
             places, most = given.get(f"{key}_topk_indices"), given.get(f"{key}_topk_weights")
             if places is not None and most is not None:
+                if places.shape != (*most.shape[:-1], most.shape[-1] + 1):
+                    raise AdapterFileError(
+                        f"{key}_topk_indices {tuple(places.shape)} does not go with the weights {tuple(most.shape)}, "
+                        "which are one fewer."
+                    )
                 check_places(places, p.num_vectors, f"{key}_topk_indices")
                 weights = torch.cat([most, 1 - most.sum(-1, keepdim=True)], -1)
                 logits = weights.new_full((*weights.shape[:-1], p.num_vectors), -torch.inf)

@@ -96,8 +96,9 @@ class DoRA(Wrapper, Rewrite):
         return gain
 
     def _norms(self, p: View, before: Stage) -> Tensor:
-        thin, product = self.inner.thin(p), before.product()
-        if thin is None or product is None or not isinstance(product.W, Tensor) or not self._quick(p, before):
+        product = before.product() if self._quick(p, before) else None
+        thin = None if product is None else self.inner.thin(p)
+        if product is None or thin is None or not isinstance(product.W, Tensor):
             return row_norm(self.inner.transform(p, before.weight()[0], None)[0]).detach()
         return row_norms(product.W, thin.A, thin.B, thin.scale)
 
