@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..core.prompt import IGNORED
+
 ROWS = 1024
 """Logits are made for so many rows at once: enough that the head's weight is not what is waited for."""
-
-IGNORED = -100
 
 
 class HeadLoss(torch.autograd.Function):

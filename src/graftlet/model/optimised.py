@@ -15,7 +15,7 @@ import importlib.util
 import inspect
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.host import bare
-from ..kernels.head_loss import IGNORED, HeadLoss
+from ..core.prompt import CACHES, IGNORED
+from ..kernels.head_loss import HeadLoss
 from ..kernels.recipe import noted
+from ..weights.site import site_of
 
 Forward = Callable[..., Any]
 Model = TypeVar("Model", bound=nn.Module)
@@ -256,7 +257,9 @@ def headed(module: nn.Module) -> Forward | None:
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
         kept = {"labels": labels, "logits_to_keep": logits_to_keep}
-        if labels is None or not self.training or not _bare_head(self.lm_head) or not _known(kwargs):
+        trains = self.training and kwargs.get("return_dict", True) is not False
+        dense = _dense(self.lm_head) if trains else None
+        if labels is None or dense is None:
             return plain(self, *args, **kept, **kwargs)
         loss_arguments = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         outputs = self.model(*args, **{**kwargs, "return_dict": True})
@@ -265,18 +268,17 @@ def headed(module: nn.Module) -> Forward | None:
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         else:
             hidden = hidden[:, logits_to_keep]
-        loss = head_loss(hidden, self.lm_head, labels, cap=cap, **loss_arguments)
+        loss = head_loss(hidden, *dense, labels, cap=cap, **loss_arguments)
         return _answer(loss, outputs)
 
     return marked(forward)
 
 
-def _known(kwargs: dict[str, Any]) -> bool:
-    return kwargs.get("return_dict", True) is not False
-
-
-def _bare_head(head: nn.Module) -> bool:
-    return type(head) is nn.Linear and bare(head) is head and not head._forward_hooks and not head._forward_pre_hooks
+def _dense(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias of a head that is a frozen product with them and nothing else; None where it is more."""
+    site = site_of(head)
+    product = None if site is None else site.product()
+    return (product.W, product.b) if product is not None and isinstance(product.W, Tensor) else None
 
 
 def _plain_loss(module: nn.Module) -> bool:
@@ -285,17 +287,18 @@ def _plain_loss(module: nn.Module) -> bool:
 
 def head_loss(
     hidden: Tensor,
-    head: nn.Linear,
+    W: Tensor,
+    b: Tensor | None,
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
     cap: float | None = None,
 ) -> Tensor:
-    """The causal loss of hidden states `[rows, tokens, features]`, as transformers' own is of their logits."""
+    """The causal loss of hidden states `[rows, tokens, features]` and a head, as transformers' own is of their logits."""
     if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
     targets = shift_labels.reshape(-1).to(hidden.device)
-    total = HeadLoss.apply(hidden.flatten(0, -2), head.weight, head.bias, targets, cap or 0.0)
+    total = HeadLoss.apply(hidden.flatten(0, -2), W, b, targets, cap or 0.0)
     counted = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return cast(Tensor, total) / counted
 
@@ -303,11 +306,8 @@ def head_loss(
 def _answer(loss: Tensor, outputs: Any) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    caches = {
-        n: outputs.get(n)
-        for n in ("cache", "past_key_values")
-        if n in inspect.signature(CausalLMOutputWithPast).parameters
-    }
+    known = inspect.signature(CausalLMOutputWithPast).parameters
+    caches = {name: outputs.get(name) for name in CACHES if name in known}
     return CausalLMOutputWithPast(
         loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions"), **caches
     )
@@ -319,11 +319,3 @@ FUSIONS: dict[str, Callable[[nn.Module], Forward | None]] = {
     "rotations": rotation,
     "heads": headed,
 }
-
-
-def described(model: nn.Module) -> Iterator[str]:
-    """What was done, a line each."""
-    done = optimised(model)
-    if done is not None:
-        yield from (f"{count} {what}" for what, count in done.replaced.items())
-        yield from done.left
