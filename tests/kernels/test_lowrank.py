@@ -97,8 +97,8 @@ def test_layers_with_one_input_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_held_that_nobody_else_holds() -> None:
     made = model()
     gradients(made)
-    assert lowrank._last.met is None
-    assert lowrank._last.meeting is None
+    assert lowrank._lasts.meetings.made is None
+    assert lowrank._lasts.meetings.source is None
 
 
 class Doubled(nn.Linear):
@@ -271,3 +271,14 @@ def test_a_weight_in_four_bits_is_read_again_for_backward(computed: torch.dtype,
     for found, wanted in zip(fast, step(), strict=True):
         assert found.dtype == wanted.dtype
         assert (found - wanted).norm() <= (1e-5 if computed == torch.float32 else 3e-2) * wanted.norm()
+
+
+def test_a_head_is_fused_only_while_it_is_a_frozen_product() -> None:
+    head = nn.Linear(6, 5).requires_grad_(False)
+    assert fusions._dense(head) == (head.weight, head.bias)
+    head.weight.requires_grad_()
+    assert fusions._dense(head) is None  # its gradient would be lost
+    assert fusions._dense(hooked().requires_grad_(False)) is None
+    assert fusions._dense(Doubled(6, 5).requires_grad_(False)) is None
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"]))
+    assert fusions._dense(made.base_model.model[0]) is None

@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ class Group:
     B: Tensor
     dtype: torch.dtype | None = None
     gain: Tensor | None = None
+    narrowed: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, parts: Sequence[Factors], dtype: torch.dtype | None) -> Group:
@@ -44,18 +44,18 @@ class Group:
 
     def added_to(self, y: Tensor, x: Tensor, owner: Tensor | None) -> Tensor:
         """The output y, which is written over, with what is added for each row; owner None: row i is of adapter i."""
-        A, B = self.halved if x.dtype == self.halved[0].dtype else (self.A.to(x.dtype), self.B.to(x.dtype))
+        A, B = self._narrow(x.dtype)
         if owner is not None:
             A, B = A.index_select(0, owner), B.index_select(0, owner)
         rows, out = x.reshape(len(x), -1, x.shape[-1]), y.view(len(y), -1, y.shape[-1])
         out.baddbmm_(torch.bmm(rows, A.mT), B.mT)
         return y
 
-    @functools.cached_property
-    def halved(self) -> tuple[Tensor, Tensor]:
-        """A and B in half precision, made once."""
-        kept = self.A.dtype if self.A.dtype.itemsize == 2 else torch.bfloat16
-        return self.A.to(kept), self.B.to(kept)
+    def _narrow(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in a dtype, made once."""
+        if dtype not in self.narrowed:
+            self.narrowed[dtype] = self.A.to(dtype), self.B.to(dtype)
+        return self.narrowed[dtype]
 
     def added(self, x: Tensor, owner: Tensor, plain: Callable[[], Tensor]) -> Tensor:
         """What is added to the layer's output for rows `x [n, ..., in]`, each by the adapter of its owner's number.

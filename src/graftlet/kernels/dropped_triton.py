@@ -88,6 +88,14 @@ def kept(words, rows, columns, k, inside):
 
 
 @triton.jit
+def seen(x, words, rows, columns, n, k, stride):
+    """A tile of the wide tensor, zero where an entry is dropped or outside."""
+    inside = (rows[:, None] < n) & (columns[None, :] < k)
+    tile = tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
+    return tl.where(kept(words, rows, columns, k, inside), tile, 0.0)
+
+
+@triton.jit
 def _shrink(x, words, A, h, n, k, r, stride, span, R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, R)
@@ -95,9 +103,7 @@ def _shrink(x, words, A, h, n, k, r, stride, span, R: tl.constexpr, ROWS: tl.con
     first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, k), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        inside = (rows[:, None] < n) & (columns[None, :] < k)
-        tile = tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
-        tile = tl.where(kept(words, rows, columns, k, inside), tile, 0.0)
+        tile = seen(x, words, rows, columns, n, k, stride)
         thin = tl.load(
             A + ranks[None, :] * k + columns[:, None], mask=(ranks[None, :] < r) & (columns[:, None] < k), other=0.0
         )
@@ -114,9 +120,7 @@ def _outer(dh, x, words, out, n, k, r, stride, span, R: tl.constexpr, ROWS: tl.c
     first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, n), ROWS):
         rows = start + tl.arange(0, ROWS)
-        inside = (rows[:, None] < n) & (columns[None, :] < k)
-        tile = tl.load(x + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=inside, other=0.0)
-        tile = tl.where(kept(words, rows, columns, k, inside), tile, 0.0)
+        tile = seen(x, words, rows, columns, n, k, stride)
         thin = tl.load(
             dh + rows[None, :] * r + ranks[:, None], mask=(rows[None, :] < n) & (ranks[:, None] < r), other=0.0
         )

@@ -36,7 +36,7 @@ def forward(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
         return None
     if x.dtype == product.dtype:
         return _run(method, p, x, thin, product)
-    return _run(method, p, _last.cast(x, product.dtype), thin, product).to(x.dtype)
+    return _run(method, p, _lasts.cast(x, product.dtype), thin, product).to(x.dtype)
 
 
 def _ours(x: Tensor, product: Product) -> bool:
@@ -57,7 +57,7 @@ def _run(method: Delta, p: View, x: Tensor, thin: Thin, product: Product) -> Ten
         own = method.drop(p, x)
     if not torch.is_grad_enabled():
         return _product(x, own, words, A.to(x.dtype), B.to(x.dtype), W, b, scale)[0]
-    meeting, met = _last.of(x)
+    meeting, met = _lasts.meeting(x)
     return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe_of(x))
 
 
@@ -237,50 +237,52 @@ _apply_meet: Any = super(torch.autograd.Function, _Meet).apply  # pyright: ignor
 """The steps' `apply` without the look at transforms of functions, which `forward` has done."""
 
 
-class _Last(threading.local):
-    """The last meeting on a thread, and the input as its layers are given it.
+class Last:
+    """What was made of an input, for as long as the very same tensor is given, and is held by somebody else."""
+
+    made: Any = None
+    key: Any = None
+    source: weakref.ref[Tensor] | None = None
+
+    def of(self, x: Tensor, key: Any, make: Callable[[], Any]) -> Any:
+        """What was made of this input under this key; made now where the last one was another."""
+        source, key = self.source, (key, x._version)
+        if source is not None and source() is x and self.key == key:
+            return self.made
+        made = make()
+        self.source = None  # what stood there may go as it is replaced, and says so
+        self.made, self.key = made, key
+        self.source = weakref.ref(x, self.forget)
+        return made
+
+    def forget(self, gone: weakref.ref[Tensor]) -> None:
+        """Let go of what was made, its input being gone."""
+        if self.source is gone:
+            self.made = self.source = None
+
+
+class _Lasts(threading.local):
+    """The last input on a thread: as its layers meet at it, and in another dtype.
 
     Not in the meeting itself: the graph holds that, and would hold itself by it.
     """
 
-    meeting: Meeting | None = None
-    met: Tensor | None = None
-    source: weakref.ref[Tensor] | None = None
-    version = 0
-    narrow: Tensor | None = None
-    wide: weakref.ref[Tensor] | None = None
-    wide_version = 0
+    def __init__(self) -> None:
+        self.meetings, self.casts = Last(), Last()
 
-    def of(self, x: Tensor) -> tuple[Meeting, Tensor]:
-        """The meeting of an input: the last one, where that was given the very same tensor."""
-        source, version = self.source, x._version
-        if source is not None and source() is x and self.version == version and self.meeting and self.met is not None:
-            return self.meeting, self.met
-        made = Meeting(x.shape)
-        met = _apply_meet(x, made) if x.requires_grad else x
-        self.source = None  # what stood there may go as it is replaced, and says so
-        self.meeting, self.met, self.version = made, met, version
-        self.source = weakref.ref(x, self.forget)
-        return made, met
+    def meeting(self, x: Tensor) -> tuple[Meeting, Tensor]:
+        """The meeting of an input, and the input as its layers are given it."""
+
+        def make() -> tuple[Meeting, Tensor]:
+            made = Meeting(x.shape)
+            return made, _apply_meet(x, made) if x.requires_grad else x
+
+        return self.meetings.of(x, None, make)
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """An input in another dtype: the same tensor for all layers that are given the same."""
-        wide = self.wide
-        if wide is None or self.narrow is None or wide() is not x or self.wide_version != x._version:
-            self.narrow, self.wide_version = None, x._version
-            self.narrow, self.wide = x.to(dtype), weakref.ref(x, self.forget_cast)
-        elif self.narrow.dtype != dtype or self.narrow.requires_grad != (x.requires_grad and torch.is_grad_enabled()):
-            return x.to(dtype)
-        return self.narrow
-
-    def forget_cast(self, gone: weakref.ref[Tensor]) -> None:
-        if self.wide is gone:
-            self.narrow = self.wide = None
-
-    def forget(self, gone: weakref.ref[Tensor]) -> None:
-        """Let go of an input that nobody else holds any more."""
-        if self.source is gone:
-            self.meeting = self.met = self.source = None
+        learns = x.requires_grad and torch.is_grad_enabled()
+        return self.casts.of(x, (dtype, learns), lambda: x.to(dtype))
 
 
-_last = _Last()
+_lasts = _Lasts()

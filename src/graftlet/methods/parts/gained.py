@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,17 +27,32 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def _squares(W: Tensor) -> Tensor:
     """|w|^2 of each row; kept for a weight that stays as it is."""
     mark = None if W.is_inference() else (W.data_ptr(), W._version, W.device, W.dtype)
-    found = _kept.get(W) if mark is not None else None
-    if found is not None and found[0] == mark:
-        return found[1]
-    squares = torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).square_()
-    if mark is not None:
-        with torch.inference_mode(False):
-            _kept[W] = (mark, squares.clone())
-    return squares
+    return _kept.get(W, mark, lambda: torch.linalg.vector_norm(W, dim=1, dtype=torch.float32).square_())
 
 
-_kept = WeakTensorKeyDictionary()
+class WhileSame:
+    """What was found out about a tensor, for as long as a mark, such as its version, is the same."""
+
+    def __init__(self) -> None:
+        self._held = WeakTensorKeyDictionary()
+
+    def get(self, about: Tensor, mark: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What is kept, or made now; nothing is kept under the mark None."""
+        found = None if mark is None else self._held.get(about)
+        if found is not None and found[0] == mark:
+            return found[1]
+        made = make()
+        if mark is not None:
+            with torch.inference_mode(False):  # made in inference mode, it may be read outside of it
+                self._held[about] = (mark, made.detach().clone())
+        return made
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self._held.clear()
+
+
+_kept = WhileSame()
 
 
 def gained(z: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:

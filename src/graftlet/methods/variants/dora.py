@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...core.algebra import Thin
 from ...core.group import Group
 from ...core.kernel import kernels
 from ...core.method import Rewrite, Spec, Stage, View, Weights
+from ...weights.product import Product
 from ...weights.site import Conv, Site
-from ..parts.gained import gained, row_norms
+from ..parts.gained import WhileSame, gained, row_norms
 from . import Wrapper, variant
 
+Pair = tuple[Thin, Product]
 MAGNITUDE = "lora_magnitude_vector.weight"
 
 
@@ -64,10 +66,11 @@ class DoRA(Wrapper, Rewrite):
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         """The base's output, turned by the gain; what dropout takes away, it takes from the adapter's own part."""
-        gain = self._kept_gain(p, before)
+        pair = self._pair(p, before)
+        gain = self._kept_gain(p, before, pair)
         whole = p.cast(x)
         dropped = self.inner.drop(p, whole)
-        if dropped is whole and self._quick(p, before):
+        if dropped is whole and pair is not None:
             return gained(self.inner.forward(p, x, before), gain, before.bias())
         y, update = before(x), self.inner.update(p, dropped)
         if dropped is whole:
@@ -81,31 +84,25 @@ class DoRA(Wrapper, Rewrite):
         group = self.inner.grouped(views, before)
         if group is None:
             return None
-        return replace(group, gain=torch.stack([self._kept_gain(p, before) for p in views]))
+        return replace(group, gain=torch.stack([self._kept_gain(p, before, self._pair(p, before)) for p in views]))
 
-    def _kept_gain(self, p: View, before: Stage) -> Tensor:
+    def _kept_gain(self, p: View, before: Stage, pair: Pair | None) -> Tensor:
         """The gain on the weight before; under `DoraCaching` as it was found, while no tensor has changed since."""
-        mark = _mark(p, before)
-        found = None if mark is None else _gains.get(p.lora_magnitude_vector)
-        if found is not None and found[0] == mark:
-            return found[1]
-        gain = p.lora_magnitude_vector.flatten() / self._norms(p, before)
-        if mark is not None:
-            with torch.inference_mode(False):  # found in inference mode, it may be read outside of it
-                _gains[p.lora_magnitude_vector] = (mark, gain.detach().clone())
-        return gain
+        magnitude = p.lora_magnitude_vector
+        return _gains.get(magnitude, _mark(p, before), lambda: magnitude.flatten() / self._norms(p, before, pair))
 
-    def _norms(self, p: View, before: Stage) -> Tensor:
-        product = before.product() if self._quick(p, before) else None
-        thin = None if product is None else self.inner.thin(p)
-        if product is None or thin is None or not isinstance(product.W, Tensor):
+    def _norms(self, p: View, before: Stage, pair: Pair | None) -> Tensor:
+        if pair is None or not isinstance(W := pair[1].W, Tensor):
             return row_norm(self.inner.transform(p, before.weight()[0], None)[0]).detach()
-        return row_norms(product.W, thin.A, thin.B, thin.scale)
+        thin = pair[0]
+        return row_norms(W, thin.A, thin.B, thin.scale)
 
-    def _quick(self, p: View, before: Stage) -> bool:
-        """Whether kernels may be used, and the norms be found from the factors."""
-        usable = not torch.compiler.is_compiling() and bool(kernels())
-        return usable and before.product() is not None and self.inner.thin(p) is not None
+    def _pair(self, p: View, before: Stage) -> Pair | None:
+        """The update and the product that it goes with, where kernels may be used on both."""
+        if torch.compiler.is_compiling() or not kernels():
+            return None
+        thin, product = self.inner.thin(p), before.product()
+        return None if thin is None or product is None else (thin, product)
 
     def _gain(self, p: View, adapted: Tensor) -> Tensor:
         return p.lora_magnitude_vector.flatten() / row_norm(adapted).detach()
@@ -143,8 +140,8 @@ class DoraCaching:
         _turn(self._before)
 
 
-_gains = WeakTensorKeyDictionary()
-"""The gains that are kept, by magnitude: what they were found from, and the gain."""
+_gains = WhileSame()
+"""The gains that are kept, by magnitude."""
 
 
 def _turn(on: bool) -> None:
