@@ -116,12 +116,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     The file gets the permissions that an ordinary write would give it.
     """
     temporary = write_beside(path, content)
-    try:
+    with dropped_on_error(temporary):
         settle(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def write_beside(path: Path, content: bytes) -> Path:
@@ -134,12 +130,19 @@ def write_beside(path: Path, content: bytes) -> Path:
 @contextmanager
 def _beside(path: Path) -> Iterator[tuple[int, Path]]:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
+    with dropped_on_error(Path(temporary)):
         try:
             yield handle, Path(temporary)
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def dropped_on_error(temporary: Path) -> Iterator[None]:
+    """Take a temporary file away where the block fails."""
+    try:
+        yield
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)

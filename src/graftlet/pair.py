@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import limits
 from .errors import AdapterFileError, MixedFilesWarning, warn
-from .files import settle, sync_folder, write_atomically, write_beside
+from .files import dropped_on_error, settle, sync_folder, write_atomically, write_beside
 from .tensorfile import read_header
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -145,12 +145,8 @@ class Save:
     def _prepared(self) -> tuple[Path, Path]:
         """Both files, whole and on the disk, under other names."""
         weights = self.write(self.folder / self.name, {DIGEST: digest(self.config)})
-        try:
+        with dropped_on_error(weights):
             return weights, write_beside(self.folder / CONFIG, self.config)
-        except BaseException:
-            with suppress(OSError):
-                weights.unlink()
-            raise
 
     def _commit(self, weights: Path, config: Path) -> None:
         folder, journal = self.folder, self.folder / JOURNAL

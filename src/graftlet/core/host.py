@@ -226,6 +226,11 @@ def home_of(model: nn.Module) -> Home:
     return model.__dict__["_home"]
 
 
+def home_within(model: nn.Module) -> Home:
+    """What the adapted layers of a model have in common, by whichever of its wrappers it is named."""
+    return next((host.home for _, host in hosts(model)), None) or home_of(model)
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The model's own module, below every wrapper that stands in for it."""
     while isinstance(module, (AdapterHost, Shell)):

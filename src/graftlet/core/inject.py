@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .block import BlockHost, host_for, started
 from .host import AdapterHost, Shell, commons, home_of
 from .layer import AdaptedLayer, Branch
 from .lifecycle import relink
+from .merging import restored_on_error
 from .method import Method, Replace, Spec, View
 from .replace import ModulesToSave, Replacement
 from .target import Place
@@ -171,18 +172,15 @@ class Plan:
 
     def settle(self) -> None:
         """Write the base weights that initialisations asked for: the last step. All of them, or none where one fails."""
-        written: list[tuple[AdaptedLayer, tuple[Any, Any]]] = []
-        try:
+        written: list[AdaptedLayer] = []
+        with ExitStack() as before:
             for item in self.items:
                 if item.branch is not None and item.branch.rebased is not None and isinstance(item.host, AdaptedLayer):
-                    written.append((item.host, item.host.site.save()))
+                    before.enter_context(restored_on_error(item.host.site))
                     item.host.site.write(item.branch.rebased, None)
                     item.branch.rebased = None  # its memory goes as that of what is saved comes
-        except BaseException:
-            for host, saved in written:
-                host.site.restore(saved)
-            raise
-        for host, _ in written:
+                    written.append(item.host)
+        for host in written:
             host.rebased.add(self.name)
 
     def _apply(self, item: Item) -> None:

@@ -16,7 +16,7 @@ from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, RoundingWarning, listing, warn
 from ..weights.rounding import Rounding, noted
 from .context import choosing
-from .host import AdapterHost, bare, check_known, commons, home_of, hosts, standing
+from .host import AdapterHost, bare, check_known, commons, home_within, hosts, standing
 from .layer import AdaptedLayer
 from .replace import Replacement
 from .target import walk
@@ -78,8 +78,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     What learns stays as it is.
     """
-    home = next((host.home for _, host in hosts(model)), None)  # whichever wrapper of the model this is
-    with choosing(home or home_of(model), ()):
+    with choosing(home_within(model), ()):
         yield
 
 

@@ -121,17 +121,24 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     site = layer.site
     if site.storage is not PLAIN:
         return _write_packed(layer, merged)
-    before = site.save()
-    W, b = site.original(before) if layer.kept is None else layer.original()
-    kept = _kept(layer, names, site.kept(W), b, site.kept(merged[0]).to(site.weight.dtype))
-    try:
+    with restored_on_error(site) as before:
+        W, b = site.original(before) if layer.kept is None else layer.original()
+        kept = _kept(layer, names, site.kept(W), b, site.kept(merged[0]).to(site.weight.dtype))
         site.write(*merged)
         if type(site.weight) not in ORDINARY:  # nobody here knows whether it took what was written
             judged(site, merged[0], site.original(before)[0])
+    return kept
+
+
+@contextmanager
+def restored_on_error(site: Site) -> Iterator[Any]:
+    """Give what a layer keeps, which it has again where the block fails."""
+    before = site.save()
+    try:
+        yield before
     except BaseException:
         site.restore(before)
         raise
-    return kept
 
 
 def _kept(layer: AdaptedLayer, names: Sequence[str], W: Tensor, b: Tensor | None, merged: Tensor) -> Kept:
@@ -149,14 +156,11 @@ ORDINARY = (nn.Parameter, Tensor)
 
 def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:
     """Where a weight is rounded as it is written: read back, and put back as it was where that is not what was meant."""
-    site, before = layer.site, layer.site.save()
-    kept = Kept(whole=before) if layer.kept is None else layer.kept
-    try:
+    site = layer.site
+    with restored_on_error(site) as before:
+        kept = Kept(whole=before) if layer.kept is None else layer.kept
         site.write(*merged)
         note(site, judged(site, merged[0], kept.original(site)[0]))
-    except BaseException:
-        site.restore(before)
-        raise
     return kept
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CallError, MergeError
+from ..weights.rounding import finite
 from .context import current
 from .host import AdapterHost
 from .tensors import Box, renamed
@@ -141,7 +142,7 @@ class Replacement(AdapterHost):
         if not names:
             return
         trained = self.copies[names[-1]]
-        if safe_merge and not all(t.isfinite().all() for t in trained.state_dict().values() if t.is_floating_point()):
+        if safe_merge and not all(finite(t) for t in trained.state_dict().values() if t.is_floating_point()):
             raise MergeError(f"adapter {names[-1]!r} holds NaN or Inf; nothing was changed.")
         if not self.merged:
             self._frozen.append(self.base)

@@ -23,7 +23,7 @@ from ..core import state
 from ..core.host import check_known
 from ..core.lifecycle import adapters_of, relink
 from ..errors import AdapterFileError, KeysWarning, warn
-from ..files import TensorFile, find_file, read_pickle, settle, write_beside, write_tensors
+from ..files import TensorFile, dropped_on_error, find_file, read_pickle, settle, write_beside, write_tensors
 from . import embeddings, fused, prompting
 from .origin import strict_by_choice
 from .parts import configs_of, root_of
@@ -311,11 +311,8 @@ def rename(tensors: dict[str, Tensor], key_mapping: dict[str, str] | None) -> di
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file whole or not at all; tensors that share memory are written apart."""
     temporary = write_tensors(tensors, path, {"format": "pt", **(metadata or {})})
-    try:
+    with dropped_on_error(temporary):
         settle(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def save_adapter(

@@ -27,6 +27,7 @@ from ..errors import CallError, ConfigError, ConversionError, ConversionWarning,
 from ..methods.lora import LoraConfig
 from ..model import save
 from ..model.parts import configs_of, root_of
+from ..weights.rounding import finite
 from ..weights.site import Attention, Embedding, Parameter, Site
 
 
@@ -203,7 +204,7 @@ def _split(M: Tensor, rank: float) -> tuple[Tensor, Tensor]:
 def _as_pair(layer: AdaptedLayer, adapter: str, rank: float, split: Split) -> tuple[dict[str, Tensor], Fit]:
     """A layer's change as LoRA's tensors, by their key in the file."""
     site, dW = layer.site, layer.change(adapter)[0]
-    if not dW.isfinite().all():
+    if not finite(dW):
         raise ConversionError(
             f"adapter {adapter!r} holds NaN or Inf on {layer.keys[adapter]!r}; it cannot be converted."
         )

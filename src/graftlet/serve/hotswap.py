@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
 from ..core import state
-from ..core.host import COMPILED, AdapterHost, check_known, home_of, hosts
+from ..core.host import COMPILED, AdapterHost, check_known, home_within, hosts
 from ..core.layer import AdaptedLayer
 from ..core.method import Method, View
 from ..core.tensors import as_held, attribute
@@ -67,9 +67,8 @@ def hotswap_adapter_from_state_dict(
 
 
 def _traffic(model: nn.Module) -> Traffic:
-    """Who calls a model, and who changes it, by whichever of its wrappers it is named."""
-    root = root_of(model)
-    return next((host.home for _, host in hosts(root)), home_of(root)).traffic
+    """Who calls a model, and who changes it."""
+    return home_within(root_of(model)).traffic
 
 
 def _keys_in_memory(model: nn.Module, adapter: str) -> dict[str, str]:
