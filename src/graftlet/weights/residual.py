@@ -3,7 +3,7 @@
 
 Floating-point numbers of one sign are ordered as their bit patterns are. The lowest seven bits of a pattern tell it among
 the 128 nearest ones, so they are all that is kept of a number whose estimate is off by less than 32 units in the last
-place. The few others are kept whole.
+place. The few others, and those of the other sign, are kept whole.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ WINDOW = 1 << BITS
 TRUSTED = WINDOW // 4
 """How far an estimate may be off when the bits are taken: it may be found a little otherwise when they are put back."""
 
-STEP = 1 << 16
-"""How many elements are worked on at a time: all passes over them find them in the processor's cache."""
+STEP = 1 << 18
+"""How many elements are worked on at a time: few enough for the processor's cache, enough to be worth the calls."""
 ROW = 64
-"""Elements that are looked at together for one that is far off: few are."""
+"""Elements that are looked at together for one that is far off: few are. They are also packed together."""
 
 _WORDS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -51,39 +51,34 @@ class Residual:
         found = torch.empty_like(given)
         parts = found.split(self.step), given.split(self.step), _parts(low, self.step)
         for words, near, packed in zip(*parts, strict=True):
-            near = _ordered(near)
-            off = _unpacked(packed, len(near)).to(near.dtype).sub_(near).bitwise_and_(WINDOW - 1)
-            words.copy_(_ordered(off.add_(near).sub_(WINDOW // 2)))
+            off = _unpacked(packed, len(near)).sub_(near.to(torch.uint8)).add_(WINDOW // 2).bitwise_and_(WINDOW - 1)
+            torch.add(near, off, out=words).sub_(WINDOW // 2)
         found[self.places.to(found.device).long()] = _words(self.values.to(found.device))
         same = _sum(found) == self.sum.to(found.device)
         return found.view(self.dtype).reshape(estimate.shape) if bool(same) else None
 
 
 def residual(tensor: Tensor, estimate: Tensor) -> Residual | None:
-    """What brings `tensor` back from an estimate of its dtype; None where that dtype is none of the three usual ones."""
-    if tensor.dtype not in _WORDS or estimate.shape != tensor.shape:
+    """What brings `tensor` back from an estimate of its dtype; None where there is none, as for other dtypes than the usual."""
+    if tensor.dtype not in _WORDS or estimate.shape != tensor.shape or not tensor.numel():
         return None
     own, near = _words(tensor), _words(estimate)
-    step = STEP if own.device.type == "cpu" else max(STEP, len(own) + -len(own) % 8)
+    step = STEP if own.device.type == "cpu" else max(STEP, len(own) + -len(own) % ROW)
     low, places = own.new_empty(_packed_size(len(own)), dtype=torch.uint8), []
     for number, (a, b, to) in enumerate(zip(own.split(step), near.split(step), _parts(low, step), strict=True)):
-        a = _ordered(a)
-        places.append(_far(a - _ordered(b)) + number * step)
-        _pack(a.add_(WINDOW // 2).bitwise_and_(WINDOW - 1).to(torch.uint8), to)
+        places.append(_far(a - b) + number * step)
+        _pack(a.to(torch.uint8), to)
     where = torch.cat(places) if places else own.new_empty(0, dtype=torch.int64)
     small = where.to(torch.int32) if own.numel() < 2**31 else where
     return Residual(low, small, own[where].view(tensor.dtype), tensor.dtype, _sum(own), step)
 
 
 def _far(off: Tensor) -> Tensor:
-    """The places of all differences but -TRUSTED to TRUSTED - 1."""
-    size = off.bitwise_xor_(off >> (torch.iinfo(off.dtype).bits - 1))
-    if len(size) % ROW or not len(size):
-        return (size >= TRUSTED).nonzero().flatten()
-    rows = size.view(-1, ROW)
-    some = (rows.amax(1) >= TRUSTED).nonzero().flatten()
-    row, column = (rows[some] >= TRUSTED).nonzero(as_tuple=True)
-    return some[row] * ROW + column
+    """The places of all differences but -TRUSTED to TRUSTED - 1. They wrap around, and so does what is made of them."""
+    rows = off.view(-1, ROW if len(off) % ROW == 0 else 1)
+    some = ((rows.amax(1) >= TRUSTED) | (rows.amin(1) < -TRUSTED)).nonzero().flatten()
+    row, column = ((rows[some] >= TRUSTED) | (rows[some] < -TRUSTED)).nonzero(as_tuple=True)
+    return some[row] * rows.shape[1] + column
 
 
 def _sum(words: Tensor) -> Tensor:
@@ -96,33 +91,32 @@ def _words(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(_WORDS[tensor.dtype]).flatten()
 
 
-def _ordered(words: Tensor) -> Tensor:
-    """Bit patterns turned so that they have the numbers' order, -0 just below 0; once more turns them back.
-
-    They wrap around at both ends, as do the differences of them, so that no wider integers are needed.
-    """
-    kind = torch.iinfo(words.dtype)
-    return (words >> (kind.bits - 1)).bitwise_and_(kind.max).bitwise_xor_(words)
-
-
 def _packed_size(count: int) -> int:
-    return (count + -count % 8) // 8 * BITS
+    return (count + -count % ROW) // 8 * BITS
 
 
 def _parts(packed: Tensor, step: int) -> tuple[Tensor, ...]:
     """What is packed, step by step."""
-    return packed.split(step // 8 * BITS) if len(packed) else ()
+    return packed.split(step // 8 * BITS)
+
+
+LOW = 0x7F7F_7F7F_7F7F_7F7F
+ONES = 0x0101_0101_0101_0101
+"""Eight bytes are worked on as one number: their lowest seven bits, and their lowest one."""
 
 
 def _pack(low: Tensor, to: Tensor) -> None:
-    """Eight parts of seven-bit numbers in the place of seven: the last one's bits are the others' eighth bits."""
-    parts = torch.nn.functional.pad(low, (0, -len(low) % 8)).reshape(8, -1)
-    bits = torch.arange(BITS, dtype=torch.uint8, device=low.device)[:, None]
-    torch.bitwise_or(((parts[7] >> bits) & 1) << BITS, parts[:7], out=to.view(BITS, -1))
+    """Eight rows of seven-bit numbers in the place of seven: the last one's bits are the others' eighth bits."""
+    rows = torch.nn.functional.pad(low, (0, -len(low) % ROW)).view(torch.int64).view(8, -1)
+    eighth = (rows[7] >> _shifts(low.device)).bitwise_and_(ONES)
+    torch.bitwise_and(rows[:BITS], LOW, out=to.view(torch.int64).view(BITS, -1)).bitwise_or_(eighth << BITS)
 
 
 def _unpacked(packed: Tensor, count: int) -> Tensor:
-    parts = packed.view(BITS, -1)
-    bits = torch.arange(BITS, dtype=torch.uint8, device=packed.device)[:, None]
-    last = ((parts >> BITS) << bits).sum(0, dtype=torch.uint8)
-    return torch.cat([parts & (WINDOW - 1), last[None]]).flatten()[:count]
+    rows = packed.view(torch.int64).view(BITS, -1)
+    last = ((rows >> BITS).bitwise_and_(ONES) << _shifts(packed.device)).sum(0, keepdim=True)
+    return torch.cat([rows & LOW, last]).view(torch.uint8).flatten()[:count]
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(BITS, device=device)[:, None]
