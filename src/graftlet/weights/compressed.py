@@ -44,7 +44,7 @@ class Compressed(Packed):
         if not _packed(module):
             return getattr(module, name)
         scheme: Any = module.quantization_scheme
-        form = BaseCompressor.get_value_from_registry(scheme.format)
+        form: Any = BaseCompressor.get_value_from_registry(scheme.format)
         held = {n: t.detach() for n, t in [*module.named_parameters(), *module.named_buffers()]}
         return form.decompress(held, scheme)["weight"].to(self.dtype(module, name))
 
