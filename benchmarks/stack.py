@@ -50,6 +50,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """What the defaults are not meant for on these layers."""
 
+LEFT_OUT = {"XLORA": "it mixes trained adapters", "TRAINABLE_TOKENS": "it adapts rows of a look-up"}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"DoRA": ("LORA", {"r": 16, "use_dora": True})}
 """Settings with a row of their own: the method, and its fields."""
 
@@ -177,7 +179,7 @@ def row(name: str, config: str, fields: dict[str, Any]) -> Row:
 
 
 def wanted(only: list[str]) -> list[tuple[str, Entry, dict[str, Any]]]:
-    known = {e.name: e for e in entries() if any(issubclass(Linear, s) for s in e.sites) and e.name != "XLORA"}
+    known = {e.name: e for e in entries() if any(issubclass(Linear, s) for s in e.sites) and e.name not in LEFT_OUT}
     rows = [(name, entry, SETTINGS.get(name, {})) for name, entry in known.items()]
     rows += [(name, known[of], fields) for name, (of, fields) in VARIANTS.items()]
     return [r for r in rows if not only or r[0] in only]

@@ -54,6 +54,16 @@ def gradients(made: Any) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (2, 0, 32)], ids=str)
+def test_one_row_and_none_are_inputs_too(shape: tuple[int, ...]) -> None:
+    layer = next(m for m in model().modules() if hasattr(m, "lora_A") and m.in_features == 32)
+    x = torch.randn(shape).requires_grad_()
+    y = layer(x)
+    assert y.shape == (*shape[:-1], layer.out_features)
+    y.sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "r": 3}, {"use_dora": True}], ids=["lora", "odd", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_the_plain_ones(options: dict, dtype: torch.dtype, plainly: Callable[[], None]) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faster equal ways to run an adapter: found by name, asked one after another, each free to decline.
 
-A kernel has the meaning of `Delta.forward`, and no other method knows of it. `GRAFTLET_KERNELS=0` turns all of them off.
+A kernel has the meaning of `Adding.forward` or of `Site.op`, and no method knows of it. `GRAFTLET_KERNELS=0` turns all of
+them off.
 """
 
 from __future__ import annotations
@@ -10,38 +11,59 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .method import Delta, Stage, View
+    from ..weights.site import Site
+    from .method import Adding, InputMap, Stage, View
 
-Kernel = Callable[["Delta", "View", Tensor, "Stage"], "Tensor | None"]
-"""The adapted layer's output, or None where the kernel does not serve."""
+Kernel = Callable[..., "Tensor | None"]
+"""A layer's output, or None where the kernel does not serve."""
 
-KERNELS: list[str] = ["graftlet.kernels.lowrank:forward"]
-"""'module:attribute' of each kernel, imported when the first adapter runs."""
+KERNELS: dict[str, list[str]] = {
+    "adapter": ["graftlet.kernels.lowrank:forward", "graftlet.kernels.half:forward"],
+    "product": ["graftlet.kernels.half:product"],
+    "map": ["graftlet.kernels.half:mapped"],
+}
+"""'module:attribute' of each kernel, imported when the first adapter runs: for a layer with what an adapter adds, for a layer
+with another weight, and for what maps a layer's input.
+"""
 
 SWITCH = "GRAFTLET_KERNELS"
 
 
 @functools.cache
-def kernels() -> tuple[Kernel, ...]:
+def kernels(what: str = "adapter") -> tuple[Kernel, ...]:
     """The kernels in use: none where the environment says `GRAFTLET_KERNELS=0`. Read once; `kernels.cache_clear()`."""
     if os.environ.get(SWITCH, "1") == "0":
         return ()
-    places = (place.partition(":") for place in KERNELS)
+    places = (place.partition(":") for place in KERNELS[what])
     return tuple(getattr(importlib.import_module(home), name) for home, _, name in places)
 
 
-def fast(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
-    """What the first kernel that serves gives; None where none does, and for a compiler, which makes its own."""
-    if torch.compiler.is_compiling():
+def fast(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
+    """The adapted layer's output by the first kernel that serves; None where none does."""
+    return _first("adapter", method, p, x, before)
+
+
+def fast_product(site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
+    """The layer's operation with another weight by the first kernel that serves; None where none does."""
+    return _first("product", site, x, W, b)
+
+
+def fast_map(method: InputMap, p: View, v: Tensor) -> Tensor | None:
+    """A layer's input as an adapter maps it by the first kernel that serves; None where none does."""
+    return _first("map", method, p, v)
+
+
+def _first(what: str, *given: Any) -> Tensor | None:
+    if torch.compiler.is_compiling():  # a compiler makes its own
         return None
-    for kernel in kernels():
-        y = kernel(method, p, x, before)
+    for kernel in kernels(what):
+        y = kernel(*given)
         if y is not None:
             return y
     return None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from .algebra import Algebra, Thin, solved
 from .group import Group
-from .kernel import fast
+from .kernel import fast, fast_map, fast_product
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -270,7 +270,8 @@ class Method(Algebra):
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         """The adapted layer's output. The general way: run the operation with the transformed weight."""
         W, b = self.adapted(p, before)
-        return p.site.op(x.to(W.dtype) if x.is_floating_point() else x, W, b)
+        y = fast_product(p.site, x, W, b)
+        return p.site.op(x.to(W.dtype) if x.is_floating_point() else x, W, b) if y is None else y
 
     def adapted(self, p: View, before: Stage) -> Weights:
         """The weight after this adapter, given the stage before it, by the method's law."""
@@ -296,10 +297,30 @@ class Method(Algebra):
         return torch.vmap(one)(W, *tensors), b
 
 
-class Delta(Method):
-    """W' = W + dW(p), where dW does not depend on W. The least a subclass gives is `delta`."""
+class Adding(Method):
+    """The output is the one before and something beside it. A subclass gives `update`."""
 
     reads_weight = False
+
+    def update(self, p: View, x: Tensor) -> Tensor:
+        """What the adapter adds to the output, for an input that has been through `drop`."""
+        raise NotImplementedError
+
+    def drop(self, p: View, x: Tensor) -> Tensor:
+        """Dropout on the adapter's input, where the method has one."""
+        return x
+
+    def added(self, p: View, x: Tensor) -> Tensor:
+        """What the adapter adds to the output."""
+        return self.update(p, self.drop(p, x))
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        y = fast(self, p, x, before)
+        return before(x) + self.added(p, p.cast(x)) if y is None else y
+
+
+class Delta(Adding):
+    """W' = W + dW(p), where dW does not depend on W. The least a subclass gives is `delta`."""
 
     def delta(self, p: View) -> Tensor:
         """dW, of the weight's shape."""
@@ -308,10 +329,6 @@ class Delta(Method):
     def delta_bias(self, p: View) -> Tensor | None:
         """db `[out]`, or None."""
         return None
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        """Dropout on the adapter's input, where the method has one."""
-        return x
 
     def grouped(self, views: Sequence[View], before: Stage) -> Group | None:
         first = views[0]
@@ -324,7 +341,6 @@ class Delta(Method):
         return Group.of(parts, first.dtype if first.casts else None)
 
     def update(self, p: View, x: Tensor) -> Tensor:
-        """What the adapter adds to the output, for an input that has been through `drop`."""
         return p.site.op(x, self.delta(p), self.delta_bias(p))
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
@@ -349,16 +365,14 @@ class Delta(Method):
         """What `update` and `drop` do, where that is two thin products and torch's own dropout; None where it may be more."""
         return None
 
-    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
-        y = fast(self, p, x, before)
-        return before(x) + self.update(p, self.drop(p, p.cast(x))) if y is None else y
-
 
 class InputMap(Method):
     """W' = W M^T: what goes into the weight is mapped first, so the weight is never read. A subclass gives `map`."""
 
     law = "chain"
     reads_weight = False
+    halves: ClassVar[bool] = False
+    """The map keeps its precision when its products are in half: what it adds to `v` is found by itself."""
 
     def map(self, p: View, v: Tensor, transpose: bool = False) -> Tensor:
         """v M (or v M^T) for rows `v` of `site.basis` entries."""
@@ -374,8 +388,12 @@ class InputMap(Method):
         return lambda W: p.site.on_rows(lambda rows: solved(matrix, rows), W)
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
-        y = p.site.mapped(lambda v: self.map(p, p.cast(v)).to(v.dtype), x, before)
+        y = p.site.mapped(lambda v: self._mapped(p, v), x, before)
         return super().forward(p, x, before) if y is None else y
+
+    def _mapped(self, p: View, v: Tensor) -> Tensor:
+        made = fast_map(self, p, v)
+        return self.map(p, p.cast(v)).to(v.dtype) if made is None else made
 
 
 class OutputMap(Method):
@@ -406,18 +424,10 @@ class Rewrite(Method):
     """W' = f(p, W): anything that must see the weight. A subclass gives `transform`."""
 
 
-class Routed(Method):
+class Routed(Adding):
     """An update that depends on the input, so that no weight W' stands for it. A subclass gives `update`."""
 
-    reads_weight = False
     unmergeable = "what it adds depends on the input"
-
-    def update(self, p: View, x: Tensor) -> Tensor:
-        """What the adapter adds to the output."""
-        raise NotImplementedError
-
-    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
-        return before(x) + self.update(p, p.cast(x))
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         raise MergeError(f"{type(self).__name__} has no merged form: {self.unmergeable}.")

@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.algebra import Thin
-from ..core.method import Delta, Stage, View
+from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
 from .recipe import Recipe, recipe_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def forward(method: Delta, p: View, x: Tensor, before: Stage) -> Tensor | None:
+def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for an update of two thin products on a frozen linear layer that nothing else looks at."""
-    if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES or x.is_meta:
+    if not isinstance(method, Delta) or type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES:
+        return None
+    if x.is_meta or x.dim() < 2:
         return None
     thin, product = method.thin(p), before.product()
     if thin is None or product is None or not _ours(x, product) or not (p.casts or thin.A.dtype == x.dtype):

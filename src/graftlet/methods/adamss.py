@@ -21,7 +21,7 @@ from ..errors import DependencyError, UnsupportedLayerError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .allocation.subspaces import SubspaceAllocator
-from .parts.low_rank import LowRank, kaiming
+from .parts.low_rank import LowRank, kaiming, through
 
 KMEANS = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
 """Part of the format: other settings would find other groups."""
@@ -113,8 +113,9 @@ class AdaMSS(LowRank):
         return self._rows(p) @ p.adamss_newB[:, -1] if p.site.has_bias else None
 
     def update(self, p: View, x: Tensor) -> Tensor:
-        y, d = super().update(p, x), self.delta_bias(p)
-        return y if d is None else p.site.on_channels(lambda v: v + d, y)
+        A, B = self.factors(p)
+        y = through(p.site, x, A, B)
+        return p.site.on_channels(lambda v: v + B @ p.adamss_newB[:, -1], y) if p.site.has_bias else y
 
     def _rows(self, p: View) -> Tensor:
         """All B_i A_i, each row in its place: `[out, r]`."""

@@ -8,6 +8,7 @@ segment of 2^i blocks with the half-block at the same place in its second half, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +101,17 @@ class BOFT(InputMap):
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         W, b = super().transform(p, W, b)
         return p.site.on_out(lambda v: v * p.boft_s.flatten(), W), b
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """Factor by factor, in the other order."""
+        if p.site.stack:
+            return super().back(p, like)
+        blocks = p.over({"dropped": torch.linalg.inv(rotations(p).double()).mT})
+
+        def turned_back(rows: Tensor) -> Tensor:
+            return self.map(blocks, rows, transpose=p.site.maps_output)
+
+        return lambda W: p.site.on_rows(turned_back, p.site.on_out(lambda v: v / p.boft_s.flatten(), W))
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         if p.boft_dropout.acts:  # here and not in `map`, which merging uses too

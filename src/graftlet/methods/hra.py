@@ -7,6 +7,7 @@ u is `[in, r]`, one column a reflection. `apply_GS` makes the columns orthonorma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,12 @@ class HRA(InputMap):
         Q, T = orthonormal(p.hra_u) if p.apply_GS else reflections(p.hra_u)
         Q, T = Q.to(v.dtype), T.to(v.dtype)
         return v - v @ Q @ (T if transpose else T.T) @ Q.T
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """Reflections in the other order."""
+        if p.site.stack:
+            return super().back(p, like)
+        return lambda W: p.site.on_rows(lambda rows: self.map(p, rows, transpose=p.site.maps_output), W)
 
 
 def reflections(u: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from ..core.target import matches, model_type
 from ..errors import ConfigError, nearest
 from ..registry import default_targets, method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.gained import gained
 
 
 @dataclass(kw_only=True)
@@ -77,6 +78,14 @@ class IA3(OutputMap):
 
     def map(self, p: View, y: Tensor) -> Tensor:
         return y * p.ia3_l.flatten()
+
+    def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        return p.site.on_channels(lambda y: gained(y, p.ia3_l.flatten(), None), before(x))
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return super().back(p, like)
+        return lambda W: p.site.on_out(lambda v: v / p.ia3_l.flatten(), W)
 
 
 class Feedforward(IA3):

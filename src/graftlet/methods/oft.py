@@ -9,6 +9,7 @@ of (I + Q) (I - Q)^-1, which turns the other way. COFT keeps |Q| small. On an em
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,8 @@ class OFTConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("oft", OFTConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class OFT(InputMap):
+    halves = True
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, OFTConfig)
         check_dropout(site, key, "module_dropout", config.module_dropout)
@@ -88,8 +91,16 @@ class OFT(InputMap):
 
     def map(self, p: View, v: Tensor, transpose: bool = False) -> Tensor:
         R = vars(p)["dropped"] if "dropped" in vars(p) else rotation(p)
-        R = (R.mT if transpose else R).expand(p.r, -1, -1).to(v.dtype)
-        return torch.einsum("...ni,nij->...nj", v.unflatten(-1, (p.r, p.oft_block_size)), R).flatten(-2)
+        turn = (R.mT if transpose else R) - torch.eye(p.oft_block_size, dtype=R.dtype, device=R.device)
+        turn = turn.expand(p.r, -1, -1).to(v.dtype)
+        return v + torch.einsum("...ni,nij->...nj", v.unflatten(-1, (p.r, p.oft_block_size)), turn).flatten(-2)
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        """Block by block; the blocks of a Cayley series are no rotations to the last digit."""
+        if p.site.stack:
+            return super().back(p, like)
+        turned_back = p.over({"dropped": torch.linalg.inv(rotation(p).double())})
+        return lambda W: self.transform(turned_back, W, None)[0]
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         if p.oft_dropout.acts:  # here and not in `map`, which merging uses too

@@ -10,6 +10,7 @@ R turns each pair (i, i + g/2) of outputs within every group of g, and stretches
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,6 +79,19 @@ class RoAd(OutputMap):
         yi, yj = y.unflatten(-1, (-1, 2, p.group_size // 2)).unbind(-2)
         turned = (cos_i * yi - sin_i * yj, sin_j * yi + cos_j * yj)
         return torch.stack(turned, -2).flatten(-3)
+
+    def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:
+        if p.site.stack:
+            return super().back(p, like)
+        cos_i, cos_j, sin_i, sin_j = coefficients(p)
+        area = cos_i * cos_j + sin_i * sin_j
+
+        def turned_back(y: Tensor) -> Tensor:
+            yi, yj = y.unflatten(-1, (-1, 2, p.group_size // 2)).unbind(-2)
+            found = (cos_j * yi + sin_i * yj) / area, (cos_i * yj - sin_j * yi) / area
+            return torch.stack(found, -2).flatten(-3)
+
+        return lambda W: p.site.on_out(turned_back, W)
 
 
 def coefficients(p: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
