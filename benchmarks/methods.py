@@ -9,7 +9,8 @@
 Each run has a process of its own. What has a result is not run again: an interrupted command goes on where it was. The
 results, `benchmarks/results/methods.json`, are written after each run, and from them at the end a table (`methods.md`), a
 chart (`methods.png`) and, for the full budget, the page `docs/methods-compared.md` with the chart beside it; `--pages` makes
-them of what is there and runs nothing. What is trained with stands in the plan, `methods.toml`.
+them of what is there and runs nothing. What is trained with stands in the plan, `methods.toml`. A row that is `routed`
+trains several adapters and routes among them (`arrow.py`): its time, file and steps are those of all.
 
 On a machine with a GPU and sixteen cores, twelve runs at once keep both busy; `--minutes` starts no run later than that:
 
@@ -28,6 +29,7 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -92,7 +94,7 @@ def adapter(plan: Plan, row: dict[str, Any]) -> dict[str, Any]:
     """The recipe's `[adapter]` of a row."""
     known = {f.name for f in dataclasses.fields(lookup(row["method"]).config)}
     targets = {"target_modules": plan.targets} if "target_modules" in known else {}
-    return {**targets, **{k: v for k, v in row.items() if k not in ("rates", "training")}}
+    return {**targets, **{k: v for k, v in row.items() if k not in ("rates", "training", "routed")}}
 
 
 def recipe(plan: Plan, row: dict[str, Any], rate: float, overrides: Sequence[str], jobs: int = 1) -> dict[str, Any]:
@@ -102,7 +104,8 @@ def recipe(plan: Plan, row: dict[str, Any], rate: float, overrides: Sequence[str
     common.append(f"training.learning_rate={rate}")
     values = load_recipe(RECIPE, [*common, *overrides]).model_dump(mode="json", exclude_unset=True)
     training = {**values["training"], **row.get("training", {})}
-    return {**values, "title": row["method"], "adapter": adapter(plan, row), "training": training}
+    several = {"routed": row["routed"]} if "routed" in row else {}  # how many adapters, and how they are routed among
+    return {**values, **several, "title": row["method"], "adapter": adapter(plan, row), "training": training}
 
 
 def wanted(plan: Plan, only: Sequence[str], first_rate: bool) -> Iterator[tuple[str, float]]:
@@ -128,9 +131,15 @@ def carry_out(values: dict[str, Any]) -> dict[str, Any]:
 
 def child(file: str) -> None:
     """The other end of `carry_out`."""
+    values = json.loads(Path(file).read_text())
+    if "routed" in values:
+        from arrow import routed
+
+        return routed(values)
     from graftlet.train import train
 
-    train(check(json.loads(Path(file).read_text())))
+    train(check(values))
+    return None
 
 
 def measured(name: str, rate: float, summary: dict[str, Any]) -> Run:
@@ -238,13 +247,13 @@ def table(plan: Plan, results: dict[str, Any]) -> str:
 def page(plan: Plan, results: dict[str, Any]) -> str:
     """The page around the table."""
     one = best(results["runs"])[0]
-    device = results["device"]
+    device, steps = results["device"], statistics.mode(r["steps"] for r in results["runs"])
     where = f"{device}, {one['threads']} threads" if device == "cpu" else device
     where += f", {one['jobs']} runs at once" if one["jobs"] > 1 else ""
     given = "" if plan.file.name == "methods.toml" else f" --plan benchmarks/{plan.file.name}"
     return (
         f"# {plan.title}\n\n"
-        f"SMS spam with SmolLM2-135M-Instruct, {one['steps']} steps of 8 messages for every row, on {where}, "
+        f"SMS spam with SmolLM2-135M-Instruct, {steps} steps of 8 messages for every row, on {where}, "
         f"torch {results['torch']}. Of each row's learning rates the one with the lowest validation loss is shown; "
         f"the share of test messages told right was {one['metric_before']:.1%} before training. One small task and one "
         "seed: a difference of some points between two rows says little.\n\n"

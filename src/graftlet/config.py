@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 from . import limits
-from .errors import AdapterFileError, ConfigError, UnknownFieldWarning, listing, nearest, shown, warn
+from .errors import AdapterFileError, ConfigError, PatternWarning, UnknownFieldWarning, listing, nearest, shown, warn
 from .files import find_file, write_atomically
 from .pair import read_config
+from .patterns import endings
 from .registry import lookup
 from .tensorfile import once
 
@@ -114,6 +115,9 @@ class PeftConfig:
     reads_patterns: ClassVar[bool] = True
     """The keys of `rank_pattern` and `alpha_pattern`, where there are such fields, name ends of paths."""
 
+    was_read = False
+    """Whether it stood in a file, or a dictionary, rather than in code."""
+
     needs_steps: ClassVar[str | None] = None
     """The field, if there is one, that says how many steps training will take."""
 
@@ -163,6 +167,7 @@ class PeftConfig:
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
         _check_targets(self)
+        _check_overlaps(self)
         self.check()
 
     def check(self) -> None:
@@ -191,15 +196,21 @@ class PeftConfig:
         """Whether this adapter cannot stand beside just any other: its method is asked (`Method.meet`)."""
         return False
 
+    def dispute(self, message: str) -> None:
+        """Raise `ConfigError` with `message`; where the config was read, and so meant something to its writer, warn."""
+        if not self.was_read:
+            raise ConfigError(f"{type(self).__name__}.{message}")
+        warn(PatternWarning, f"{type(self).__name__}.{message}", stacklevel=6)
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return asdict(self)
 
     def to_json(self) -> str:
-        """The text of `adapter_config.json`: sorted keys, sets as sorted lists, `inference_mode` as it stands."""
+        """The text of `adapter_config.json`: keys sorted, but for patterns, whose order counts; sets as sorted lists."""
         values = {k: v for k, v in self.to_dict().items() if k not in self.not_saved}
         values["peft_version"] = self.peft_version or REFERENCE_VERSION
-        return json.dumps(values, indent=2, sort_keys=True, default=_plain)
+        return json.dumps(_sorted(values), indent=2, default=_plain)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, whole or not at all."""
@@ -242,7 +253,10 @@ class PeftConfig:
         if not kind:
             raise ConfigError(f"{origin} has no peft_type; it names the method, for instance LORA.")
         known = lookup(kind).config
-        return known(**{k: v for k, v in _known(known, values, origin).items() if k != "peft_type"})
+        made: PeftConfig = object.__new__(known)
+        made.was_read = True
+        made.__init__(**{k: v for k, v in _known(known, values, origin).items() if k != "peft_type"})
+        return made
 
     @classmethod
     def from_peft_type(cls, **values: Any) -> PeftConfig:
@@ -338,6 +352,12 @@ def _known(cls: type[PeftConfig], values: dict[str, Any], origin: str) -> dict[s
     return {k: v for k, v in values.items() if k in names}
 
 
+def _sorted(values: dict[str, Any]) -> dict[str, Any]:
+    """A dictionary with its keys sorted, and theirs; the first key of a pattern that matches counts, so they stay in order."""
+    deeper = {k: _sorted(v) if isinstance(v, dict) and not k.endswith("_pattern") else v for k, v in values.items()}
+    return dict(sorted(deeper.items()))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
@@ -370,6 +390,22 @@ def _check_targets(config: PeftConfig) -> None:
                     f"{name} cannot go with target_modules={config.target_modules!r}, a regex: "
                     "write the layers into the regex, or give target_modules as a list of names."
                 )
+
+
+def _check_overlaps(config: PeftConfig) -> None:
+    """Dispute a key of a pattern that ends in an earlier one, which leaves it nothing: the first that matches counts."""
+    for name, patterns in vars(config).items():
+        if not (config.reads_patterns and name.endswith("_pattern") and isinstance(patterns, dict)):
+            continue
+        before: dict[str, Any] = {}
+        for key, value in patterns.items():
+            for end in endings(key):
+                if end in before and before[end] != value:
+                    config.dispute(
+                        f"{name} has {key!r} after {end!r}, which matches all that it does and comes first; put the longer "
+                        "one before it."
+                    )
+            before.setdefault(key, value)
 
 
 @functools.cache

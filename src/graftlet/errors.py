@@ -180,7 +180,7 @@ class HeadWarning(PeftWarning):
 
 
 class PatternWarning(PeftWarning, RuntimeWarning):
-    """A name in `target_modules`, or a key of `rank_pattern` or `alpha_pattern`, matches nothing."""
+    """A name in `target_modules`, or a key of `rank_pattern` or `alpha_pattern`, matches nothing, or what another one has."""
 
     code = "pattern-no-match"
 

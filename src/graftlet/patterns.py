@@ -32,6 +32,14 @@ TYPICAL = 200
 """The length of a long path, by which a pattern's steps are estimated."""
 
 
+def endings(path: str) -> Iterator[str]:
+    """`a.b.c`, `b.c`, `c`."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
+
+
 class _Allowance(threading.local):
     left: float = math.inf
 

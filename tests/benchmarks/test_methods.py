@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import sys
 import threading
@@ -14,18 +15,18 @@ from typing import Any
 
 import pytest
 
+import graftlet
 from graftlet.methods import init, variants
 from graftlet.methods.init import initialiser
 from graftlet.registry import entries, lookup
 from graftlet.train.optimisers import NAMES
 from graftlet.train.prepare import adapter_config
 from graftlet.train.recipe import check
+from tests.train import tiny
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "benchmarks_methods", Path(__file__).parents[2] / "benchmarks" / "methods.py"
-    )
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,10 +35,15 @@ def load() -> ModuleType:
     return module
 
 
-METHODS = load()
+ARROW, METHODS = load("arrow"), load("methods")
 PLAN = METHODS.Plan.read(METHODS.HERE / "methods.toml")
 LORA = METHODS.Plan.read(METHODS.HERE / "lora.toml")
 ROWS = [pytest.param(plan, name, id=f"{plan.results}-{name}") for plan in (PLAN, LORA) for name in plan.rows]
+
+
+def kept(file: Path, values: dict[str, Any]) -> str:
+    file.write_text(json.dumps(values))
+    return str(file)
 
 
 def run(row: str, metric: float, loss: float, **costs: Any) -> dict[str, Any]:
@@ -65,8 +71,9 @@ def test_every_method_has_a_row_or_a_reason() -> None:
 
 def test_every_option_of_lora_has_a_row_or_a_reason() -> None:
     fields = {field for row in LORA.rows.values() for field in row}
-    left = {{"arrow": "arrow_config", "qalora": "use_qalora"}[name] for name in LORA.left_out}
-    assert set(variants._table) <= fields | left
+    left = {{"qalora": "use_qalora"}[name] for name in LORA.left_out}
+    routed = {"arrow_config"} if "routed" in fields else set()
+    assert set(variants._table) <= fields | left | routed
     starts = {str(row.get("init_lora_weights", True)) for row in LORA.rows.values()}
     initialiser(True)  # all are loaded now
     assert {name.replace("<k>", "4") for name in init._table} - {"False"} == starts
@@ -76,7 +83,11 @@ def test_every_option_of_lora_has_a_row_or_a_reason() -> None:
 @pytest.mark.parametrize(("plan", "name"), ROWS)
 def test_the_settings_of_a_row_are_real(plan: Any, name: str) -> None:
     row = plan.rows[name]
-    recipe = check({**METHODS.recipe(plan, row, 0.5, ["training.max_steps=40"]), "output": "out"})
+    values = METHODS.recipe(plan, row, 0.5, ["training.max_steps=40"])
+    if routed := values.pop("routed", None):
+        graftlet.ArrowConfig(**routed.pop("router"))
+        assert routed.keys() == {"experts", "general"}
+    recipe = check({**values, "output": "out"})
     assert adapter_config(recipe).peft_type == lookup(row["method"]).name
     assert recipe.training.learning_rate == 0.5
     assert recipe.training.optimizer == row.get("training", {}).get("optimizer", "adamw_torch")
@@ -164,6 +175,27 @@ def test_the_command_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     METHODS.main()
     assert len(asked) == 3
     assert "| ia3 | 90.0%" in (tmp_path / "methods-quick.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("general", [False, True])
+def test_a_row_of_several_adapters(general: bool, tmp_path: Path) -> None:
+    base, data = tiny.save(tmp_path / "base"), tiny.write_jsonl(tmp_path / "sums.jsonl", tiny.rows())
+    values = tiny.recipe(base, data, tmp_path / "run", training={"max_steps": 2}, evaluation={"samples": 0})
+    recipe = check({**values, "output": str(tmp_path / "data")})
+    pieces = ARROW.sliced(recipe, 3, general, tmp_path / "slices")
+    parts = [set(Path(piece["source"]).read_text().splitlines()) for piece in pieces.values()]
+    assert list(pieces) == ["expert_0", "expert_1", "expert_2", *(["general"] if general else [])]
+    assert sum(map(len, parts[:3])) == len(set.union(*parts[:3])) == 38
+    assert not any("odd" in line or "even" in line for line in set().union(*parts[3:]))
+    METHODS.child(
+        kept(tmp_path / "recipe", {**values, "routed": {"experts": 3, "general": general, "router": {"top_k": 2}}})
+    )
+    found = METHODS.measured("arrow", 0.1, json.loads((tmp_path / "run" / "summary.json").read_text()))
+    assert found["steps"] == 2 * len(pieces)
+    assert found["trainable"] == len(pieces) * 2 * 4 * (32 + 32 + 32 + 16)
+    assert found["validation_loss"] != pytest.approx(float("nan"), nan_ok=True)
+    assert 0 <= found["metric_before"] <= 1
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import graftlet
+from graftlet.core.context import current
 from graftlet.errors import CallError, CallWarning, ConfigError, MergeError
 from graftlet.model.prompted import CACHES
 from graftlet.testing.benches import perturb
@@ -218,3 +220,57 @@ def test_its_numbers_and_files_are_the_references(model: Any, tmp_path: Any) -> 
     torch.testing.assert_close(logits(load(llama(), tmp_path / "theirs"), input_ids=IDS), logits(model, input_ids=IDS))
     with silent(), pytest.raises(AssertionError):  # without a cache, the reference lets the invocation slip out
         assert torch.equal(generated(theirs, IDS, use_cache=False), generated(theirs, IDS))
+
+
+# a model with no wrapper around it
+
+
+@pytest.fixture
+def injected() -> Any:
+    """The fixture's adapter, in a bare model."""
+    made: Any = graftlet.inject_adapter_in_model(config(), llama())
+    perturb(made, by=0.5)
+    return made.eval()
+
+
+def test_a_bare_models_calls_say_where_it_begins(model: Any, injected: Any) -> None:
+    y = logits(model, input_ids=IDS)
+    assert not torch.allclose(y, logits(llama(), input_ids=IDS), atol=1e-3)
+    for again in (injected, copy.deepcopy(injected), pickle.loads(pickle.dumps(injected))):
+        with silent():
+            assert torch.equal(logits(again, input_ids=IDS), y)
+            assert torch.equal(logits(again, IDS), y)
+            assert torch.equal(logits(again, input_ids=IDS, alora_offsets=OFFSETS), y)
+    with pytest.warns(CallWarning, match="input_ids"):
+        unseen = logits(injected, inputs_embeds=injected.get_input_embeddings()(IDS))
+    torch.testing.assert_close(unseen, logits(llama(), input_ids=IDS))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}], ids=str)
+def test_a_bare_model_generates(model: Any, injected: Any, options: dict[str, Any]) -> None:
+    assert torch.equal(generated(injected, IDS, **options), generated(model, IDS, **options))
+
+
+def test_a_bare_model_learns_with_gradient_checkpointing(model: Any, injected: Any) -> None:
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    injected.gradient_checkpointing_enable()
+    injected.train()(input_ids=IDS, labels=IDS).loss.backward()
+    grads = {n.replace("base_model.model.", ""): p.grad for n, p in model.named_parameters() if p.requires_grad}
+    learning = {n: p.grad for n, p in injected.named_parameters() if n in grads}
+    assert learning.keys() == grads.keys()
+    for name, grad in learning.items():
+        torch.testing.assert_close(grad, grads[name], msg=name)
+
+
+def test_a_bare_models_failed_call_leaves_nothing_behind(injected: Any) -> None:
+    y = logits(injected, input_ids=IDS)
+    for wrong in ({"input_ids": IDS, "alora_offsets": [1, 2]}, {"input_ids": IDS + 10**6}):
+        with pytest.raises((CallError, IndexError)):
+            injected(**wrong)
+        assert current() is None
+    assert torch.equal(logits(injected, input_ids=IDS), y)
+    refused = llama()
+    with pytest.raises(graftlet.NoMatchingPeftModuleError):
+        graftlet.inject_adapter_in_model(config(target_modules=["nothing"]), refused)
+    assert not refused._forward_hooks
+    assert not refused._forward_pre_hooks

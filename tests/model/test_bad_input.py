@@ -416,9 +416,3 @@ def test_training_after_a_frozen_load_is_explained_by_the_flags(folder):
 def test_options_of_lora_that_do_not_go_together_are_refused(values: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         graftlet.LoraConfig(target_modules=["q"], **values)
-
-
-def test_a_pattern_that_an_earlier_one_hides_is_told() -> None:
-    with pytest.warns(graftlet.errors.PatternWarning, match="'layers.0.q' after 'q'"):
-        graftlet.LoraConfig(target_modules=["q"], rank_pattern={"q": 2, "layers.0.q": 4})
-    graftlet.LoraConfig(target_modules=["q"], rank_pattern={"layers.0.q": 4, "q": 2})

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
 from torch import nn
 
 import graftlet
 from graftlet import ArrowConfig, BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig
 from graftlet.errors import ConfigError, PatternWarning
-from tests.model.models import llama, lora
+from tests.model.models import adapted, llama, load, logits, lora, move, save
 
 VARIANTS: dict[str, Any] = {
     "use_dora": True,
@@ -57,10 +61,73 @@ def test_options_that_do_not_go_together(options: dict[str, Any], said: str) -> 
         LoraConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
-def test_patterns_that_overlap_are_told(name: str) -> None:
-    with pytest.warns(PatternWarning, match=rf"{name} has '0\.self_attn\.q_proj' after 'q_proj'"):
-        LoraConfig(**{name: {"q_proj": 4, "0.self_attn.q_proj": 2}})
+PATTERNS = pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+TWO = ["q_proj", "v_proj"]
+HIDDEN = {"q_proj": 4, "self_attn.q_proj": 2}
+OVERLAPPING = [
+    {r"0\..*_proj": 4, r".*\.q_proj": 2},  # they share a layer, and each has others
+    {r".*\.q_proj": 4, r"0\..*q_proj": 2},  # the second is left nothing
+    {"q_proj": 4, r".*q_proj": 2},
+]
+EXCEPTIONS = [
+    {"0.self_attn.q_proj": 2, "q_proj": 4},
+    {r"0\..*": 2, r"[01]\..*": 4},
+    {"q_proj": 4, "0.self_attn.q_proj": 4},
+    {r"0\..*_proj": 4, r".*\.q_proj": 4},
+]
+
+
+@PATTERNS
+def test_a_pattern_that_an_earlier_one_hides_is_refused_when_the_config_is_made(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"LoraConfig\.{name} has 'self_attn\.q_proj' after 'q_proj'"):
+        LoraConfig(**{name: HIDDEN})
+    with pytest.raises(ConfigError, match=r"LoHaConfig\.rank_pattern has"):
+        graftlet.LoHaConfig(rank_pattern=HIDDEN)
+
+
+@PATTERNS
+@pytest.mark.parametrize("patterns", OVERLAPPING, ids=str)
+def test_patterns_that_overlap_are_refused_before_the_model_is_touched(name: str, patterns: dict[str, int]) -> None:
+    model = llama()
+    before = [(n, type(m)) for n, m in model.named_modules()]
+    with pytest.raises(ConfigError, match=rf"{name} has .* and .*, which give .*q_proj' different values"):
+        graftlet.get_peft_model(model, lora(target_modules=TWO, **{name: patterns}))
+    assert [(n, type(m)) for n, m in model.named_modules()] == before
+
+
+@PATTERNS
+@pytest.mark.parametrize("patterns", EXCEPTIONS, ids=str)
+@pytest.mark.filterwarnings("error")
+def test_an_exception_before_its_rule_is_none_of_these(name: str, patterns: dict[str, int]) -> None:
+    graftlet.get_peft_model(llama(), lora(target_modules=TWO, **{name: patterns}))
+
+
+@pytest.mark.parametrize("patterns", [HIDDEN, *OVERLAPPING], ids=str)
+def test_a_file_with_patterns_that_overlap_loads_by_the_first(patterns: dict[str, int], tmp_path: Path) -> None:
+    patterns = dict(sorted(patterns.items()))  # as the reference writes them
+    config: Any = lora(peft, r=3, target_modules=TWO, rank_pattern=patterns, alpha_pattern=patterns)
+    theirs = adapted(llama(), config, peft)
+    move(theirs)
+    save(theirs, tmp_path / "theirs")
+    with pytest.warns(PatternWarning, match="(rank|alpha)_pattern has "):
+        ours: Any = graftlet.PeftModel.from_pretrained(llama(), tmp_path / "theirs").eval()
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    save(ours, tmp_path / "again")
+    with pytest.warns(PatternWarning, match="(rank|alpha)_pattern has "):
+        again: Any = graftlet.PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    assert torch.equal(logits(again), logits(ours))
+    with pytest.warns(PatternWarning, match="pattern has "):
+        again.add_adapter("copy", copy.deepcopy(ours.peft_config["default"]))
+
+
+def test_the_order_of_patterns_is_kept_in_the_file(tmp_path: Path) -> None:
+    patterns = {"self_attn.q_proj": 4, "1.self_attn.k_proj": 2, "k_proj": 3}
+    model = adapted(llama(), lora(target_modules=["q_proj", "k_proj"], rank_pattern=patterns))
+    move(model)
+    save(model, tmp_path)
+    again = load(llama(), tmp_path)
+    assert list(again.peft_config["default"].rank_pattern) == list(patterns)
+    assert torch.equal(logits(again), logits(model))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,17 @@ def test_a_bare_layer_reads_the_context(model: Any) -> None:
         torch.testing.assert_close(model.base_model.model(x), model(x, task_ids=TASKS))
 
 
+def test_a_bare_models_call_takes_them() -> None:
+    (x,) = BENCHES["linear"].example()
+    config = graftlet.PolyConfig(target_modules=["l"], n_tasks=3, r=2)
+    bare = graftlet.inject_adapter_in_model(config, BENCHES["linear"].model())
+    perturb(bare, "default", by=0.5)
+    with using(Call(values={"task_ids": TASKS})):
+        expected = bare.eval()(x)
+    assert torch.equal(bare(x, task_ids=TASKS), expected)
+    assert not torch.allclose(bare(x, task_ids=TASKS.flip(0)), expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("given", [None, TASKS[:3], TASKS + 1], ids=["none", "too few", "unknown task"])
 def test_tasks_that_do_not_fit_are_refused(model: Any, given: Any) -> None:
     (x,) = BENCHES["linear"].example()

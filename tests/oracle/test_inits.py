@@ -138,8 +138,8 @@ def test_eva_takes_any_data_shows_it_and_goes_on_where_it_was(tmp_path: Path, ca
     cached = lora.get_eva_state_dict(model, LEARN, eva_config(), cache_file=cache)
     for key, tensor in first.items():
         torch.testing.assert_close(cached[key], tensor)
-    broken = [{"no_such_argument": torch.zeros(1)}]
-    restored = lora.get_eva_state_dict(model, broken, eva_config(), cache_file=cache)
+    unseen = iter([{"no_such_argument": torch.zeros(1)}])
+    restored = lora.get_eva_state_dict(model, unseen, eva_config(), cache_file=cache)
     for key, tensor in first.items():
         torch.testing.assert_close(restored[key], tensor)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from rich.console import Console
 
 import graftlet
+from graftlet.train import callbacks
 from graftlet.train.recipe import check
 from graftlet.train.run import train
 
@@ -26,7 +29,14 @@ def test_a_recipe_starts_from_its_training_data(base: Path, tmp_path: Path, star
         "evaluation": {"samples": 1, "verify": True},
     }
     recipe = check(tiny.recipe(base, data, tmp_path / "out", **changes))
-    made = train(recipe, console=Console(quiet=True))
+    monkeypatch.setattr(callbacks, "TOLD_EVERY", 0.0)
+    told = io.StringIO()
+    made = train(recipe, console=Console(file=told))
+    lines = [line for line in told.getvalue().splitlines() if line.startswith(f"start {start}: ")]
+    done, total, batches = map(int, re.findall(r"\d+", lines[-1])[:3])
+    assert done == total > 1
+    assert batches >= 1
+    assert f"start {start}: 0 of {total} layers, 1 batches" in lines
     stages = {e["stage"]: e["validation_loss"] for e in made.summary["measured"]}
     after = stages["after training"]
     assert stages["saved and loaded into a fresh base"] == pytest.approx(after, abs=1e-4)
@@ -45,3 +55,13 @@ def test_a_recipe_starts_from_its_training_data(base: Path, tmp_path: Path, star
     again = train(resumed, console=Console(quiet=True))
     for key, tensor in graftlet.load_peft_weights(again.output).items():
         torch.testing.assert_close(tensor, tensors[key], atol=1e-4, rtol=1e-3)
+
+
+def test_a_terminal_sees_a_bar() -> None:
+    seen = io.StringIO()
+    with callbacks.measuring(Console(file=seen, force_terminal=True, no_color=True, highlight=False), "eva") as show:
+        show(0, 4, 1)
+        show(3, 4, 2)
+    assert "3/4" in seen.getvalue()
+    assert "layers, 2 batches" in seen.getvalue()
+    assert "3 of 4 layers measured in 2 batches" in seen.getvalue()

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..errors import (
     nearest,
     warn,
 )
-from ..patterns import allowance
+from ..patterns import allowance, endings
 from ..registry import Entry, lookup
 from ..weights.site import Attention, Embedding, Parameter, Site, site_of
 from ..weights.storage import unusable
@@ -260,8 +260,23 @@ def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
 def _check_patterns(made: Plan) -> None:
     paths = [i.branch.key for i in made.items if i.branch is not None]
     for name, patterns in vars(made.config).items():
-        if not name.endswith("_pattern") or not isinstance(patterns, dict):
+        if not (made.config.reads_patterns and name.endswith("_pattern") and isinstance(patterns, dict)):
             continue
-        idle = [k for k in patterns if not any(by_pattern({k: True}, p, False) for p in paths)]
-        if idle and made.config.reads_patterns:
+        hits = {k: {p for p in paths if by_pattern({k: True}, p, False)} for k in patterns}
+        if idle := [k for k, found in hits.items() if not found]:
             warn(PatternWarning, f"{name} has {listing(map(repr, idle))}, which match none of the adapted layers.")
+        _check_overlaps(made.config, name, patterns, hits)
+
+
+def _check_overlaps(config: PeftConfig, name: str, patterns: Mapping[str, Any], hits: Mapping[str, set[str]]) -> None:
+    """Dispute two keys that give a layer different values, unless the first is an exception from the other."""
+    for path in dict.fromkeys(p for found in hits.values() for p in sorted(found)):
+        first, *others = (key for key, found in hits.items() if path in found)
+        for key in others:
+            exception = hits[first] < hits[key] or key in endings(first)
+            if patterns[key] != patterns[first] and not exception:
+                config.dispute(
+                    f"{name} has {first!r} and {key!r}, which give {path!r} different values, and the first is no exception "
+                    "from the other; the first that matches counts: let each layer have one, or put the narrower one first."
+                )
+                return

@@ -19,7 +19,7 @@ from .. import limits
 from ..config import Names, PeftConfig, TaskType
 from ..errors import ConfigError, NoMatchingPeftModuleError, PatternWarning, listing, nearest, warn
 from ..errors import shown as cut
-from ..patterns import check, fullmatch
+from ..patterns import check, endings, fullmatch
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
 from .host import bare, below
@@ -69,14 +69,6 @@ def matches(path: str, names: Names | None) -> bool:
     if isinstance(names, (set, frozenset)):
         return any(end in names for end in endings(path))
     return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def endings(path: str) -> Iterator[str]:
-    """`a.b.c`, `b.c`, `c`."""
-    yield path
-    while "." in path:
-        path = path.partition(".")[2]
-        yield path
 
 
 def layer_index(path: str, patterns: Iterable[str] | None) -> int | None:

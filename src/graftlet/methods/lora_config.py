@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.target import by_pattern
-from ..errors import PatternWarning, UnsupportedOptionError, warn
+from ..errors import UnsupportedOptionError
 from . import variants
 from .init import initialiser
 from .init.corda import CordaConfig
@@ -94,8 +93,6 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
         self.require(abs(self.lora_alpha) < 1e30, f"lora_alpha={self.lora_alpha!r} overflows single precision.")
         self.require(0 <= self.lora_dropout < 1, f"lora_dropout={self.lora_dropout!r}; allowed: 0 up to, not with, 1.")
         self.require(self.bias in ("none", "all", "lora_only"), f"bias={self.bias!r}; allowed: none, all, lora_only.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            _tell_idle(name, getattr(self, name) or {})
         start = initialiser(self.init_lora_weights)
         if start.checks is not None:
             start.checks(self, ranks)
@@ -105,24 +102,6 @@ class LoraConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
                     f"LoraConfig.{name} is part of the format but not available yet; leave it out."
                 )
         variants.check(self, start.name)
-
-
-LOOKED_AT = 500
-"""How many keys of a pattern are compared with each other."""
-
-
-def _tell_idle(name: str, patterns: dict[str, Any]) -> None:
-    """Name a key that an earlier one leaves nothing: the first that matches a layer counts."""
-    names = [key for key in patterns if re.fullmatch(r"[\w.-]+", key)][:LOOKED_AT]
-    for i, key in enumerate(names):
-        for earlier in names[:i]:
-            if patterns[earlier] != patterns[key] and by_pattern({earlier: True}, key, False):
-                warn(
-                    PatternWarning,
-                    f"{name} has {key!r} after {earlier!r}, which matches all that it does and comes first; put the "
-                    "longer one before it.",
-                    stacklevel=6,
-                )
 
 
 UNSUPPORTED = ("megatron_config",)

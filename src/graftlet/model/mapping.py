@@ -12,9 +12,9 @@ from ..core import lifecycle
 from ..core.around import surrounds
 from ..core.method import Method
 from ..core.target import walk
-from ..core.tuner import BaseTuner
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
 from ..registry import lookup
+from .bare import attend, tuner_in
 from .mixed import PeftMixedModel
 from .origin import base_name
 from .peft_model import PeftModel
@@ -83,12 +83,12 @@ def inject_adapter_in_model(
         raise ConfigError(f"{peft_config.peft_type} goes around a model's whole call as well; use get_peft_model.")
     if state_dict is not None:
         _target_keys(peft_config, model, state_dict)
-    tuner = BaseTuner(model, {})
-    tuner.shared_in = [model]
+    tuner = tuner_in(model)
     held = lifecycle.adapters_of(model)
     known = getattr(model, "peft_config", None)
     tuner.peft_config = dict(known) if isinstance(known, dict) else dict.fromkeys(held, peft_config)
     tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False, learn=True)
+    attend(tuner)
     model.peft_config = tuner.peft_config  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
 

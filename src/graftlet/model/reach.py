@@ -39,10 +39,7 @@ def call(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
         if tuner.training and tuner.surrounding:
             carry_context(tuner)
         return tuner(*args, **kwargs)
-    first = _find(tuner, readers, args, kwargs, _before(args, kwargs))
-    for name, known in _kept(_cache(kwargs)).items():
-        if name in first and len(known) == len(first[name]):
-            first[name] = torch.where(first[name] == NEVER, known.to(first[name].device), first[name])
+    first = _begun(tuner, readers, args, kwargs)
     if tuner.training:
         carry_context(tuner)
     return _run(tuner, first, args, kwargs, rehearsers)
@@ -59,6 +56,40 @@ def generate(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> Any:
     if rehearsers:
         kwargs = {**kwargs, "use_cache": False}
     return stand_in(model, lambda *a, **k: _run(model, first, a, k, rehearsers)).generate(*args, **kwargs)
+
+
+def within(tuner: BaseTuner, args: tuple, kwargs: dict[str, Any]) -> tuple[Call | None, First]:
+    """For a call of the model itself: the context that it is to have, None where that is as it is, and what was found."""
+    if not (readers := _readers(tuner)):
+        return None, {}
+    first, context = _begun(tuner, readers, args, kwargs), current() or Call()
+    return replace(context, values={**context.values, **_acts(first, args, kwargs)}), first
+
+
+def leave(first: First, output: Any) -> None:
+    """Leave what was found on an output's cache, for the calls that go on with it."""
+    cache = _cache({name: getattr(output, name, None) for name in CACHES})
+    if cache is not None:
+        cache.__dict__[KEPT] = {**_kept(cache), **first}
+
+
+def _begun(tuner: BaseTuner, readers: list[str], args: tuple, kwargs: dict[str, Any]) -> First:
+    """What is found in a call's tokens, or was found in those of its cache."""
+    first = _find(tuner, readers, args, kwargs, _before(args, kwargs))
+    for name, known in _kept(_cache(kwargs)).items():
+        if name in first and len(known) == len(first[name]):
+            first[name] = torch.where(first[name] == NEVER, known.to(first[name].device), first[name])
+    return first
+
+
+def _acts(first: First, args: tuple, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """On which of a call's tokens each adapter acts, to be carried in it."""
+    (rows, count), before = _size(args, kwargs), _before(args, kwargs)
+    found = {}
+    for name, start in first.items():
+        places = torch.arange(before, before + count, device=start.device)
+        found[reaches(name)] = places >= start.repeat_interleave(rows // len(start))[:, None]
+    return found
 
 
 def _readers(tuner: BaseTuner) -> list[str]:
@@ -103,10 +134,7 @@ def _run(model: Any, first: First, args: tuple, kwargs: dict[str, Any], rehearse
     """One forward, whose tokens an adapter acts on from its first one on; after what is to be found out about it."""
     (rows, count), before = _size(args, kwargs), _before(args, kwargs)
     context = current() or Call()
-    values = dict(context.values)
-    for name, start in first.items():
-        places = torch.arange(before, before + count, device=start.device)
-        values[reaches(name)] = places >= start.repeat_interleave(rows // len(start))[:, None]
+    values = {**context.values, **_acts(first, args, kwargs)}
     for name, layer in rehearsers:
         if before:
             raise CallError(f"adapter {name!r} looks at all tokens of a call, and cannot go on from a cache.")
@@ -114,9 +142,7 @@ def _run(model: Any, first: First, args: tuple, kwargs: dict[str, Any], rehearse
         values.update(layer.methods[name].rehearse(layer.view(name), _rehearsal(model, args, kwargs), (rows, count)))
     with using(replace(context, values=values)):
         output = model(*args, **kwargs)
-    cache = _cache({name: getattr(output, name, None) for name in CACHES})
-    if cache is not None:
-        cache.__dict__[KEPT] = {**_kept(cache), **first}
+    leave(first, output)
     return output
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,6 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.parts import root_of
+
+TOLD_EVERY = 10.0
+"""Seconds between plain lines that say how far a start from data is."""
 
 
 def memory_used(device: torch.device | None = None) -> int:
@@ -102,6 +107,31 @@ class RichProgress(TrainerCallback):
         parts += [f"{tokens / spent:,.0f} tokens/s"] if tokens else []
         parts += [f"{memory_used(args.device) / 2**30:.2f} GiB", f"{clock(left)} left"]
         return "  ".join(parts)
+
+
+@contextmanager
+def measuring(console: Console, name: str) -> Iterator[Callable[[int, int, int], None]]:
+    """How far a start from data is, by layers: a live line on a terminal, a plain line now and then elsewhere."""
+    begun = told = time.perf_counter()
+    done = total = calls = 0
+    bar = Progress(
+        TextColumn(f"start {name}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[words]}"),
+        TimeElapsedColumn(), console=console, disable=not console.is_terminal, transient=True,
+    )  # fmt: skip
+    task = bar.add_task("", words="")
+
+    def show(*facts: int) -> None:
+        nonlocal told, done, total, calls
+        done, total, calls = facts
+        bar.update(task, completed=done, total=total, words=f"layers, {calls} batches")
+        if not console.is_terminal and time.perf_counter() - told > TOLD_EVERY:
+            told = time.perf_counter()
+            console.print(f"start {name}: {done} of {total} layers, {calls} batches")
+
+    with bar:
+        yield show
+    spent = clock(time.perf_counter() - begun)
+    console.print(f"start {name}: {done} of {total} layers measured in {calls} batches, {spent}")
 
 
 class Allocation(TrainerCallback):

@@ -101,7 +101,7 @@ class _Run:
             pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
             self.collate = Collator(pad, ends)
             batches = Batches(data.train, Collator(pad), self.recipe.training.batch_size, base.device)
-            model: Any = adapted(base, config, batches, output)
+            model: Any = adapted(base, config, batches, output, self.console)
             self.initial = initial_of(config, output)
         trainer = self._trainer(model, data, device, callbacks)
         facts = self._model_facts(model, folder, threads)

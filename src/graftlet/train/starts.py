@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import Tensor
 
 from ..config import PeftConfig
@@ -14,6 +16,7 @@ from ..methods.init import Start, initialiser
 from ..methods.lora import LoraConfig
 from ..model.mapping import get_peft_model
 from .batches import Collator, Rows
+from .callbacks import measuring
 
 BATCHES = 64
 """How many batches a start looks at, at most."""
@@ -39,14 +42,15 @@ def start_of(config: PeftConfig) -> Start | None:
     return start if start is not None and (start.before or start.after) else None
 
 
-def adapted(base: Any, config: PeftConfig, batches: Batches, output: Path) -> Any:
-    """The base with the recipe's adapter, started as its config says, from data where it says so."""
+def adapted(base: Any, config: PeftConfig, batches: Batches, output: Path, console: Console) -> Any:
+    """The base with the recipe's adapter, started as its config says, from data where it says so; `console` is told."""
     start = start_of(config)
-    if start is not None and start.before is not None:
-        start.before(base, config, batches)
-    model: Any = get_peft_model(base, config)
-    if start is not None and start.after is not None:
-        start.after(model, model.active_adapter, batches)
+    with nullcontext(False) if start is None else measuring(console, start.name) as shown:
+        if start is not None and start.before is not None:
+            start.before(base, config, batches, shown)
+        model: Any = get_peft_model(base, config)
+        if start is not None and start.after is not None:
+            start.after(model, model.active_adapter, batches, shown)
     if start is not None and start.rebases:
         model.save_pretrained(output / INITIAL)
     return model

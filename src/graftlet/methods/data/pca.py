@@ -7,11 +7,11 @@ Of n rows so far: mean m, singular values S, directions V. A batch X of b rows w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Directions:
@@ -55,20 +55,10 @@ class Directions:
         _, S, Vh = torch.linalg.svd(stacked, full_matrices=False)
         self.S, self.V = S[: self.k], _signed(Vh[: self.k])
 
-    def state(self) -> dict[str, Any]:
-        """All that has been found, for `restore`."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("k", "tau")}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        if "V" in state and len(state["V"]) != self.k:
-            return  # found for another rank
-        self.__dict__.update(state)
-
     @property
-    def shares(self) -> Tensor:
-        """The share of the rows' whole variance that each direction explains."""
-        return self.S**2 / self.spread.sum()
+    def found(self) -> Triple:
+        """The directions `[k, features]`, their singular values, and the share of the rows' variance that each explains."""
+        return self.V, self.S, self.S**2 / self.spread.sum()
 
 
 def _signed(V: Tensor) -> Tensor:

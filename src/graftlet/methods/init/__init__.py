@@ -20,6 +20,7 @@ from torch import Tensor
 from ...errors import ConfigError, nearest
 from ...weights.site import Embedding, Site
 from ..data.stream import kept
+from ..data.turns import Shown
 
 Fill = Callable[..., "Tensor | None"]
 """(view, A, B) -> a new base weight `[out, in]`, or None where the base stays."""
@@ -34,8 +35,9 @@ class Start:
     frozen: the factors that never learn, of "A" and "B". bounded: the rank cannot exceed the weight's sides.
     needs: what has to be run on the model first, so that the layers carry what was found in data.
     checks: raises `ConfigError` where a config's values do not go with it.
-    before, after: what a start from data does on the base model, before there is an adapter: (model, config, batches); and
-        on the model with a new one: (model, adapter's name, batches). Batches are arguments of a call that gives a loss.
+    before, after: what a start from data does on the base model, before there is an adapter: (model, config, batches,
+        shown); and on the model with a new one: (model, adapter's name, batches, shown). Batches are arguments of a call
+        that gives a loss; `Shown` says how far it is.
     """
 
     name: str
@@ -46,8 +48,8 @@ class Start:
     bounded: bool = False
     needs: str | None = None
     checks: Callable[[Any, dict[str, int]], None] | None = None
-    before: Callable[[Any, Any, Any], None] | None = None
-    after: Callable[[Any, str, Any], None] | None = None
+    before: Callable[[Any, Any, Any, Shown], None] | None = None
+    after: Callable[[Any, str, Any, Shown], None] | None = None
 
     def on(self, site: Site, key: str, rank: int) -> Start:
         """This start on a layer. Raises `ConfigError` where it means nothing there."""

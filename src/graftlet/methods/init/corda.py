@@ -7,7 +7,7 @@ knowledge-preserved one (`kpm`) the last r, which the data does not use. The bas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from ...core.method import View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
 from ..data.stream import check_all_seen, feed, keep, kept, linear_layers, rank_of, used, watching
-from ..data.turns import ROOM, Record, can_be_seen_again, key_of, measured, progress, turns
+from ..data.turns import ROOM, Record, Shown, can_be_seen_again, key_of, measured, progress, turns
 from . import start
 from .spectral import readable, without
 
@@ -56,7 +56,7 @@ class CordaConfig:
     rebases=True,
     bounded=True,
     needs="preprocess_corda(model, config, run_model), on the base model",
-    before=lambda model, config, batches: preprocess_corda(model, config, batches),
+    before=lambda model, config, batches, shown: preprocess_corda(model, config, batches, show_progress_bar=shown),
 )
 def corda(p: View, A: Tensor, B: Tensor) -> Tensor:
     """The pair from the directions that `preprocess_corda` left on the layer."""
@@ -80,7 +80,7 @@ def preprocess_corda(
     run_model: Any = None,
     hooked_model: nn.Module | None = None,
     room: float = ROOM,
-    show_progress_bar: bool = False,
+    show_progress_bar: Shown = False,
 ) -> None:
     """Find each linear layer's directions on data, and leave them on it for the start `corda`.
 
@@ -90,27 +90,26 @@ def preprocess_corda(
             `corda_config` names a file that is there. hooked_model: watch this model's layers of the same paths instead.
         room: bytes for covariances. Where those of all layers take more, the data is run through several times, for some
             layers each time; not where it can be seen but once, or where `covariance_file` is to hold them all.
-        show_progress_bar: count the layers that are done.
+        show_progress_bar: show how many layers are done; or a function that is told (see `Shown`).
 
     What was found before a kill is in `cache_file` with `.part` behind its name, and is not looked for again.
     """
     options = lora_config.corda_config or CordaConfig()
     sites = linear_layers(model, lora_config)
     ranks = {path: rank_of(lora_config, path) for path in sites}
-    record = Record(options.cache_file, key_of(sites, start="corda", mode=options.corda_method, ranks=ranks))
+    key = key_of(sites, start="corda", mode=options.corda_method, ranks=ranks)
+    record = Record(options.cache_file, key, run_model)
     again = can_be_seen_again(run_model) and not options.covariance_file
 
-    def measure(paths: list[str]) -> dict[str, Triple]:
+    def measure(paths: list[str]) -> Iterator[dict[str, Triple]]:
         covariances = _covariances(model, {p: sites[p] for p in paths}, options, run_model, hooked_model)
-        found = {}
         for path in paths:
-            found[path] = _directions(sites[path], covariances.pop(path), ranks[path], options.corda_method)
+            yield {path: _directions(sites[path], covariances.pop(path), ranks[path], options.corda_method)}
             if options.verbose:
                 print(f"corda: {path}")
-        return found
 
     groups = turns({p: 4 * site.features_in**2 for p, site in sites.items()}, room, again)
-    with progress(len(sites), "corda: layers", show_progress_bar) as tell:
+    with progress(hooked_model or model, len(sites), "corda: layers", show_progress_bar) as tell:
         found = measured(record, groups, measure, tell)
     for path, site in sites.items():
         keep(site, "corda", tuple(found[path]))
@@ -120,7 +119,8 @@ def _covariances(
     model: nn.Module, sites: dict[str, Site], options: CordaConfig, data: Any, hooked: nn.Module | None
 ) -> dict[str, Tensor]:
     """The mean of `(X / |max X|)^T (X / |max X|)` over a layer's calls."""
-    record = Record(options.covariance_file, key_of(sites, start="corda", half=options.use_float16_for_covariance))
+    key = key_of(sites, start="corda", half=options.use_float16_for_covariance)
+    record = Record(options.covariance_file, key, data)
     if record.found:
         check_all_seen(sites, record.found)
         return dict(record.found)
@@ -132,7 +132,7 @@ def _covariances(
         feed(model, data)
     check_all_seen(sites, sums)
     means = {path: total.float() / calls[path] for path, total in sums.items()}
-    record.add(means, True)
+    record.add(means)
     return means
 
 

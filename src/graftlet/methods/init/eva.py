@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,8 +23,9 @@ from ...core.method import View
 from ...core.remake import remake
 from ...core.target import by_pattern
 from ...errors import ConfigError, listing
-from ..data.pca import Directions
+from ..data.pca import Directions, Triple
 from ..data.stream import Data, call, check_all_seen, linear_layers, rank_of, watching
+from ..data.turns import ROOM, Record, Shown, can_be_seen_again, key_of, measured, progress, turns
 from . import start
 from .basic import zero_start
 
@@ -61,8 +61,8 @@ class EvaConfig:
 
 @start(
     "eva",
-    after=lambda model, name, batches: initialize_lora_eva_weights(
-        model, batches, adapter_name=name, show_progress_bar=False
+    after=lambda model, name, batches, shown: initialize_lora_eva_weights(
+        model, batches, adapter_name=name, show_progress_bar=shown
     ),
 )
 def eva(p: View, A: Tensor, B: Tensor) -> None:
@@ -106,8 +106,9 @@ def get_eva_state_dict(
     prepare_layer_inputs_fn: Any = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
-    show_progress_bar: bool = True,
+    show_progress_bar: Shown = True,
     cache_file: str | Path | None = None,
+    room: float = ROOM,
 ) -> dict[str, Tensor]:
     """The first directions of each layer's inputs, `[rank, in]`, by the layer's path; a rank may be 0.
 
@@ -117,83 +118,68 @@ def get_eva_state_dict(
         peft_config: which layers, at what rank; read off the adapter `adapter_name` unless given.
         forward_fn: calls the model with a batch. prepare_model_inputs_fn: from a batch and the config, what
             prepare_layer_inputs_fn (one, or one a layer) gets beside a layer's input and path, to give rows `[n, in]`.
-        gather_distributed_inputs: see the rows of all processes. show_progress_bar: count the layers that have settled.
-        cache_file: keep what was found here, after each pass over the data, and go on from it where it is there.
+        gather_distributed_inputs: see the rows of all processes. show_progress_bar: show how many layers have settled; or a
+            function that is told (see `Shown`).
+        cache_file: keep what was found here, and read it from here where the file is; before all is found, what was is in
+            a file with `.part` behind its name, and is not looked for again.
+        room: bytes for directions. Where those of all layers take more, the data is gone through for some at a time.
 
     Raises:
-        ConfigError: the data is empty, or never reaches a layer.
+        ConfigError: the data is empty, or never reaches a layer; or the cache is of another model, other data or options.
     """
     config = cast(Any, model).peft_config[adapter_name] if peft_config is None else peft_config
     options = config.eva_config or EvaConfig()
     sites = linear_layers(model, config)
-    found = {k: Directions(_most(config, options, k, site.features_in), options.tau) for k, site in sites.items()}
+    most = {k: min(site.features_in, math.floor(rank_of(config, k) * options.rho)) for k, site in sites.items()}
     context: list[Any] = [None]
 
-    def take(path: str, x: Tensor) -> None:
+    def rows_of(path: str, x: Tensor) -> Tensor:
         prepare = prepare_layer_inputs_fn
         prepare = prepare.get(path) if isinstance(prepare, Mapping) else prepare
         rows = x.reshape(-1, x.shape[-1]) if prepare is None else prepare(x, context[0], path)
-        found[path].add(_gathered(rows) if gather_distributed_inputs else rows)
+        return _gathered(rows) if gather_distributed_inputs else rows
 
-    def run(batch: Any) -> None:
-        context[0] = prepare_model_inputs_fn(batch, config) if prepare_model_inputs_fn is not None else None
-        left = {k: sites[k].module for k, d in found.items() if not d.settled}
-        with watching(left, take), disabled(model):
-            batch() if callable(batch) else forward_fn(model, batch)
+    def measure(paths: list[str]) -> Iterator[dict[str, Triple]]:
+        found = {k: Directions(most[k], options.tau) for k in paths}
 
-    with _progress(found, show_progress_bar) as tell:
-        _until_settled(dataloader, run, found, tell, cache_file)
-    return _shared_out(config, options, found)
+        def run(batch: Any) -> None:
+            context[0] = prepare_model_inputs_fn(batch, config) if prepare_model_inputs_fn is not None else None
+            left = {k: sites[k].module for k, d in found.items() if not d.settled}
+            with watching(left, lambda path, x: found[path].add(rows_of(path, x))), disabled(model):
+                batch() if callable(batch) else forward_fn(model, batch)
+
+        return _settling(dataloader, run, found)
+
+    how = {"tau": options.tau, "ranks": most, "masked": options.use_label_mask and options.label_mask_value}
+    functions = [forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn]
+    named = [getattr(f, "__qualname__", type(f).__name__) for f in functions]
+    record = Record(cache_file, key_of(sites, start="eva", by=named, **how), dataloader)
+    groups = turns({k: 16 * most[k] * s.features_in for k, s in sites.items()}, room, can_be_seen_again(dataloader))
+    with progress(model, len(sites), "eva: layers settled", show_progress_bar) as tell:
+        return _shared_out(config, options, measured(record, groups, measure, tell))
 
 
-def _most(config: Any, options: EvaConfig, path: str, features: int) -> int:
-    return min(features, math.floor(rank_of(config, path) * options.rho))
-
-
-def _until_settled(
-    data: Data,
-    run: Callable[[Any], None],
-    found: Mapping[str, Directions],
-    tell: Callable[[], None],
-    cache: str | Path | None,
-) -> None:
+def _settling(data: Data, run: Callable[[Any], None], found: dict[str, Directions]) -> Iterator[dict[str, Triple]]:
     """Go through the data, again where it can be gone through again, until no layer's directions turn any more, or it
-    has been seen `PASSES` times."""
-    if cache is not None and Path(cache).exists():
-        for path, state in torch.load(cache, map_location="cpu", weights_only=True).items():
-            if path in found:
-                found[path].restore(state)
-    passes = 0
-    while not all(d.settled for d in found.values()):
-        passes += 1
+    has been seen `PASSES` times. Gives what was found of the layers that have settled, and of the others at the end."""
+    given: set[str] = set()
+
+    def settled() -> dict[str, Triple]:
+        new = {k: d.found for k, d in found.items() if d.settled and k not in given}
+        given.update(new)
+        return new
+
+    for _ in range(PASSES):  # the same rows again: what turns still then are directions that explain about as much
         before = sum(d.count for d in found.values())
         for batch in [data] if callable(data) else data:
             run(batch)
-            tell()
-            if all(d.settled for d in found.values()):
-                break
-        if cache is not None:
-            torch.save({path: d.state() for path, d in found.items()}, cache)
+            yield settled()
+            if len(given) == len(found):
+                return
         if sum(d.count for d in found.values()) == before:
             break  # data that is used up, or too few rows for a direction
-        if passes == PASSES:
-            break  # the same rows again: what turns still are directions that explain about as much as each other
     check_all_seen(found, [k for k, d in found.items() if d.count])
-
-
-@contextmanager
-def _progress(found: Mapping[str, Directions], shown: bool) -> Iterator[Callable[[], None]]:
-    if not shown:
-        yield lambda: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(found), desc="eva: layers settled", unit="layer") as bar:
-
-        def tell() -> None:
-            bar.update(sum(d.settled for d in found.values()) - bar.n)
-
-        yield tell
+    yield {k: d.found for k, d in found.items() if k not in given}
 
 
 def _gathered(rows: Tensor) -> Tensor:
@@ -206,13 +192,13 @@ def _gathered(rows: Tensor) -> Tensor:
     return torch.cat(parts).to(rows.device)
 
 
-def _shared_out(config: Any, options: EvaConfig, found: Mapping[str, Directions]) -> dict[str, Tensor]:
+def _shared_out(config: Any, options: EvaConfig, found: Mapping[str, Triple]) -> dict[str, Tensor]:
     """Each layer's directions, as many as its share of the whole budget of ranks."""
     budget = sum(rank_of(config, path) for path in found)
-    shares = [(float(s), -i, path) for path, d in found.items() for i, s in enumerate(d.shares)]
+    shares = [(float(s), -i, path) for path, (_, _, own) in found.items() for i, s in enumerate(own)]
     chosen = [path for _, _, path in sorted(shares, reverse=True, key=lambda s: s[:2])[:budget]]
     ranks = {path: chosen.count(path) for path in found}
-    scaled = {k: d.V / d.S.sqrt()[:, None] if options.whiten else d.V for k, d in found.items()}
+    scaled = {k: V / S.sqrt()[:, None] if options.whiten else V for k, (V, S, _) in found.items()}
     return {path: V[: ranks[path]].contiguous() for path, V in scaled.items()}
 
 
@@ -226,8 +212,9 @@ def initialize_lora_eva_weights(
     prepare_layer_inputs_fn: Any = prepare_layer_inputs_fn_language_modeling,
     adapter_name: str = "default",
     gather_distributed_inputs: bool = True,
-    show_progress_bar: bool = True,
+    show_progress_bar: Shown = True,
     cache_file: str | Path | None = None,
+    room: float = ROOM,
 ) -> None:
     """Start an adapter's A by what `get_eva_state_dict` finds (or is given), and give its layers their new ranks.
 
@@ -239,7 +226,7 @@ def initialize_lora_eva_weights(
         assert dataloader is not None
         eva_state_dict = get_eva_state_dict(
             model, dataloader, None, forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name,
-            gather_distributed_inputs, show_progress_bar, cache_file,
+            gather_distributed_inputs, show_progress_bar, cache_file, room,
         )  # fmt: skip
     layers = {path: h for path, h in hosts(model) if isinstance(h, AdaptedLayer) and adapter_name in h.methods}
     given = {path: _directions(path, h.keys[adapter_name], eva_state_dict) for path, h in layers.items()}

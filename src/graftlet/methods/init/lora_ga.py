@@ -20,7 +20,7 @@ from ...core.method import View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
 from ..data.stream import call, check_all_seen, keep, kept, linear_layers, rank_of, used
-from ..data.turns import ROOM, Record, key_of, measured, progress, turns
+from ..data.turns import ROOM, Record, Shown, key_of, measured, progress, turns
 from . import start
 from .spectral import readable, without
 
@@ -56,7 +56,9 @@ SCALES = ("stable", "weight_svd", "gd_scale", "unit")
     sites=(Linear,),
     rebases=True,
     needs="preprocess_loraga(model, config, train_step), on the base model",
-    before=lambda model, config, batches: preprocess_loraga(model, config, partial(_backward, model, batches)),
+    before=lambda model, config, batches, shown: preprocess_loraga(
+        model, config, partial(_backward, model, batches), show_progress_bar=shown
+    ),
 )
 def lora_ga(p: View, A: Tensor, B: Tensor) -> Tensor:
     """The pair from the gradient's directions that `preprocess_loraga` left on the layer."""
@@ -104,7 +106,7 @@ def preprocess_loraga(
     train_step: Callable[[], Any],
     cache_file: str | None = None,
     room: float = ROOM,
-    show_progress_bar: bool = False,
+    show_progress_bar: Shown = False,
 ) -> None:
     """Find the directions of each linear layer's mean gradient, and leave them on it for the start `lora_ga`.
 
@@ -112,22 +114,24 @@ def preprocess_loraga(
         train_step: runs forward and backward on the untouched model, any number of times. It is called again for other
             layers where the gradients of all take more than `room` bytes.
         cache_file: keep what was found here, and read it from here where the file is; before all is found, what was is in
-            a file with `.part` behind its name. show_progress_bar: count the layers that are done.
+            a file with `.part` behind its name. show_progress_bar: show how many layers are done; or a function that is
+            told (see `Shown`).
     """
     sites = linear_layers(model, lora_config)
     ranks = {path: rank_of(lora_config, path) for path in sites}
 
-    def measure(paths: list[str]) -> dict[str, Any]:
+    def measure(paths: list[str]) -> Iterator[dict[str, Any]]:
         group = {p: sites[p] for p in paths}
         with _gathering(model, group) as gradients:
             train_step()
         check_all_seen(group, gradients)
         with torch.no_grad():
-            return {p: _directions(s.canonical(gradients.pop(p)).float(), ranks[p]) for p, s in group.items()}
+            found = {p: _directions(s.canonical(gradients.pop(p)).float(), ranks[p]) for p, s in group.items()}
+        yield found
 
     record = Record(cache_file, key_of(sites, start="lora_ga", ranks=ranks))
     groups = turns({p: 4 * site.weight.numel() for p, site in sites.items()}, room, True)
-    with progress(len(sites), "lora_ga: layers", show_progress_bar) as tell:
+    with progress(model, len(sites), "lora_ga: layers", show_progress_bar) as tell:
         found = measured(record, groups, measure, tell)
     for path, site in sites.items():
         keep(site, "lora_ga", tuple(found[path]))
