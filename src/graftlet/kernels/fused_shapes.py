@@ -58,7 +58,9 @@ class _Gated(torch.autograd.Function):
 class SiLUMul(_Gated):
     """`silu(a) b`."""
 
-    act = staticmethod(F.silu)
+    @staticmethod
+    def act(a: Tensor) -> Tensor:
+        return F.silu(a)
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:

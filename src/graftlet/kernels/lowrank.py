@@ -169,7 +169,11 @@ class LowRankProduct(torch.autograd.Function):
             dh = scaled(dy, B, scale)
         if wants_A and dh is not None:
             x = (parts[0] if ctx.make is None else ctx.make(*parts)).flatten(0, -2)
-            dA = scaled(dh.t(), x, 1.0, ctx.dtype) if words is None else _dropped(x.is_meta).outer(dh, x, words).to(ctx.dtype)
+            dA = (
+                scaled(dh.t(), x, 1.0, ctx.dtype)
+                if words is None
+                else _dropped(x.is_meta).outer(dh, x, words).to(ctx.dtype)
+            )
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:

@@ -38,7 +38,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, y, _, _ = ctx.saved_tensors
+        q, k, v, *_ = ctx.saved_tensors
         share, cuda, book = ctx.facts
         _count(book, q, k, v, share, 5)
         rows, heads, tokens, size = q.shape
@@ -107,9 +107,8 @@ class Operations(TorchFunctionMode):
             return self.kind == "cuda" and q.shape[-1] <= 256
         probes = [_probe(t) for t in (q, k, v)]
         wanted = None if mask is None else _probe(mask)
-        chosen = torch._fused_sdp_choice(  # pyright: ignore[reportAttributeAccessIssue]
-            *probes, wanted, rate, causal, scale=None, enable_gqa=grouped
-        )
+        choose: Any = torch.ops.aten._fused_sdp_choice
+        chosen = choose(*probes, wanted, rate, causal, scale=None, enable_gqa=grouped)
         return chosen == 1
 
 
@@ -131,7 +130,9 @@ def _plain(
     if causal:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        scores = scores + (torch.empty(mask.shape, dtype=q.dtype, device=q.device) if mask.dtype == torch.bool else mask)
+        scores = scores + (
+            torch.empty(mask.shape, dtype=q.dtype, device=q.device) if mask.dtype == torch.bool else mask
+        )
     weights = scores.softmax(-1)
     return (torch.dropout(weights, rate, True) if rate else weights) @ v
 

@@ -119,7 +119,15 @@ class Estimate:
             return ()
         for change, other in _pulled(setup):
             taken.append(
-                Lever(change.name, change.said, change.costs, other.peak, self.peak - other.peak, other.time.likely, other.fits)
+                Lever(
+                    change.name,
+                    change.said,
+                    change.costs,
+                    other.peak,
+                    self.peak - other.peak,
+                    other.time.likely,
+                    other.fits,
+                )
             )
             if other.fits:
                 return tuple(taken)
@@ -221,7 +229,7 @@ def estimated(setup: Setup) -> Estimate:
     """The estimate of a setup."""
     setup = checked(setup)
     model, base = build(setup.but(adapter={}) if setup.adapter is not None else setup)
-    trainable, parameters = counts(model, base)
+    trainable, parameters = counts(model)
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     book = rehearse(model, base, setup)
     peak = book.peak()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-BLOCK = 512
-"""CUDA's allocator rounds every size up to a multiple of it."""
+BLOCKS = {"cuda": 512}
+"""What an allocator rounds every size up to a multiple of."""
 
 
 @dataclass
@@ -61,10 +61,11 @@ class Peak:
 class Ledger(TorchDispatchMode):
     """Everything that is allocated while this mode is on, in the order in which it comes and goes.
 
-    wide: tensors with a last dimension of this size or more, and many of them, are logits. says: what a condition on
-    numbers that are not there comes to.
+    kind: of the device that it is for. wide: tensors with a last dimension of this size or more are logits. says: what a
+    condition on numbers that are not there comes to.
     """
 
+    kind: str = "cpu"
     wide: int = 0
     says: bool = True
     phase: str = "start"
@@ -97,7 +98,8 @@ class Ledger(TorchDispatchMode):
         if (known := self._known.get(key)) is not None:
             known.kind = kind if known.kind in ("", "logits") and kind else known.kind
             return False
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        block = BLOCKS.get(self.kind, 1)
+        size = -(-storage.nbytes() // block) * block
         if not kind and tensor.dim() > 1 and self.wide and tensor.shape[-1] >= self.wide and len(tensor.shape) < 4:
             kind = "logits"
         again = self.phase == "backward" and torch.is_grad_enabled()

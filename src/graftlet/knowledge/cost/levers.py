@@ -52,9 +52,7 @@ def _smaller(setup: Setup) -> Iterator[Change]:
         )
     if setup.sequence > 128:
         short = setup.sequence // 2
-        yield Change(
-            "sequence", f"data.max_length = {short}", {"sequence": short}, "longer examples are left out"
-        )
+        yield Change("sequence", f"data.max_length = {short}", {"sequence": short}, "longer examples are left out")
     rank = getattr(setup.adapter, "r", None)
     if isinstance(rank, int) and rank > 1:
         yield Change("rank", f"adapter.r = {rank // 2}", {"adapter": {"r": rank // 2}}, "a smaller adapter")

@@ -139,5 +139,3 @@ def model_config(given: Any) -> Any:
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise ConfigError(f"estimate: no config of a model is found at {str(given)!r}: {said}") from error
-
-

@@ -17,7 +17,7 @@ from ...model.mapping import get_peft_model
 from ...model.optimised import optimize_model
 from ...model.prepare import prepare_model_for_kbit_training
 from .ledger import parts_of
-from .packed import FORMATS, pack
+from .packed import FORMATS, PackedLinear, pack
 from .setup import HEADS, Setup
 
 
@@ -49,9 +49,11 @@ def _base(setup: Setup) -> Any:
         with torch.device("meta"):
             how = {} if setup.attention is None else {"attn_implementation": setup.attention}
             base = getattr(transformers, kind).from_config(setup.config, dtype=setup.dtype, **how)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         said = str(error).strip().splitlines()[0][:200]
-        raise ConfigError(f"estimate: transformers makes no {kind} of a {type(setup.config).__name__}: {said}") from error
+        raise ConfigError(
+            f"estimate: transformers makes no {kind} of a {type(setup.config).__name__}: {said}"
+        ) from error
     base.config.use_cache = False
     if setup.adapter is not None:
         base.requires_grad_(False)
@@ -110,12 +112,10 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def counts(model: nn.Module, base: list[Tensor]) -> tuple[int, int]:
+def counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers learn, and how many there are in all; of layers in few bits, as many as they stand for."""
-    own = getattr(model, "get_nb_trainable_parameters", None)
+    own: Any = getattr(model, "get_nb_trainable_parameters", None)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if own is not None:
-        learning = own()[0]
-    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if hasattr(m, "kept") and hasattr(m, "compute")}
-    total = sum(packed.get(id(p), p.numel()) for p in {id(p): p for p in model.parameters()}.values())
-    return learning, total
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear)}
+    total = sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    return learning if own is None else own()[0], total
