@@ -97,6 +97,7 @@ _HOMES = {
     "model.kappa": "find_kappa_target_modules",
     "model.loftq": "replace_lora_weights_loftq",
     "serve.convert": "convert_to_lora save_as_lora",
+    "knowledge.cost.estimating": "estimate",
 }
 _home = {name: module for module, names in _HOMES.items() for name in names.split()}
 

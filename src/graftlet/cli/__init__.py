@@ -68,12 +68,16 @@ def _root(
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys to change.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done, and what it takes.")] = False,
 ) -> None:
     """Fine-tune a model as a recipe says.
 
     Keys of the recipe can be changed: training.learning_rate=1e-4 output=runs/a. Ctrl-C saves a checkpoint;
     resume=true goes on from the last one.
     """
+    if dry_run:
+        plan(recipe, overrides)
+        return
     from ..train.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or [])
@@ -219,3 +223,36 @@ def methods(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fal
     from . import _methods
 
     _methods.methods(json)
+
+
+# what it takes, and what there is to know
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Keys to change.")] = None,
+    device: Annotated[str | None, typer.Option(help="Another device than the recipe's: H100, RTX 4090, cpu.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Say what a recipe's training takes: memory by part, time, what would make it fit. Nothing is loaded."""
+    from . import _plan
+
+    _quiet()
+    _plan.plan(recipe, overrides or [], device, json)
+
+
+@app.command()
+def survey(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A Python repository. Nothing in it is run.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the pages; without it, only the index is shown.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="markdown or mediawiki.")] = "markdown",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace pages that were edited.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Find what a repository needs and what its lore is, with file and line, as pages for a person to edit."""
+    from . import _survey
+
+    _survey.survey(path, out, format, overwrite, json)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .algebra import Factors
-from .kernel import kernels
+from .kernel import autocasts, kernels
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Group:
 
         plain: gives the layer's output for these rows, without its bias.
         """
-        if self.dtype is not None and not torch.is_autocast_enabled(x.device.type):
+        if self.dtype is not None and not autocasts(x):
             x = x.to(self.dtype)
         rows = x.reshape(len(x), -1, x.shape[-1])
         y = rows @ self.A.index_select(0, owner).mT @ self.B.index_select(0, owner).mT

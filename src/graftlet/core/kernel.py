@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,3 +68,27 @@ def _first(what: str, *given: Any) -> Tensor | None:
         if y is not None:
             return y
     return None
+
+
+_stands_for: list[str] = []
+
+
+@contextmanager
+def rehearsal(kind: str) -> Iterator[None]:
+    """While this lasts, tensors without data stand for tensors on this kind of device, and kernels run as they would there."""
+    _stands_for.append(kind)
+    try:
+        yield
+    finally:
+        _stands_for.pop()
+
+
+def kind_of(x: Tensor) -> str:
+    """The kind of device that a tensor is on; for one without data, the kind that it stands for in a rehearsal."""
+    return _stands_for[-1] if x.is_meta and _stands_for else x.device.type
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast sees to the dtypes of operations on a tensor."""
+    kind = kind_of(x)
+    return kind != "meta" and torch.is_autocast_enabled(kind)

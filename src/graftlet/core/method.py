@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from .algebra import Algebra, Thin, solved
 from .group import Group
-from .kernel import fast, fast_map, fast_product
+from .kernel import autocasts, fast, fast_map, fast_product
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -86,7 +86,7 @@ class View:
 
     def cast(self, x: Tensor) -> Tensor:
         """`x` in the adapter's dtype; look-up indices, and anything under autocast, as they are."""
-        if not self.casts or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+        if not self.casts or not x.is_floating_point() or autocasts(x):
             return x
         return x.to(self.dtype)
 

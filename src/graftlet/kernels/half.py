@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..core.kernel import autocasts, kind_of
 from ..core.method import Adding, InputMap, Stage, View
 from ..weights.site import Site
 from .lowrank import scaled
@@ -26,15 +27,15 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def serves(x: Tensor) -> bool:
     """Whether half precision is worth it for an input, and nobody else sees to how operations are done."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cuda or x.dtype not in HALVES:
+    if type(x) not in (Tensor, torch.nn.Parameter) or kind_of(x) != "cuda" or x.dtype not in HALVES:
         return False
     transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-    return not transformed and not torch.is_autocast_enabled(x.device.type)
+    return not transformed and not autocasts(x)
 
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for whatever an adapter in single precision adds."""
-    if not p.casts or p.dtype == x.dtype or not serves(x):
+    if not p.casts or p.dtype == x.dtype or x.is_meta or not serves(x):
         return None
     y = before(x)
     with torch.autocast(x.device.type, x.dtype, cache_enabled=False):

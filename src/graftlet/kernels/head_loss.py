@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..core.kernel import kind_of
 from ..core.prompt import IGNORED
 
 ROWS = 1024
@@ -48,6 +49,8 @@ class HeadLoss(torch.autograd.Function):
 
 def turned(logits: Tensor, targets: Tensor, losses: Tensor, cap: float) -> None:
     """Write the rows' losses, and over the logits `[n, vocabulary]` the gradient of each row's loss."""
+    if logits.is_meta and kind_of(logits) == "cuda":
+        return  # in their place, and nothing beside them
     if logits.is_cuda and (kernel := _kernel()) is not None:
         n, width = logits.shape
         kernel[(n,)](logits, logits.stride(0), targets, losses, width, cap, IGNORED, cap > 0, 8192, num_warps=16)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.algebra import Thin
+from ..core.kernel import autocasts, kind_of
 from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
 from .recipe import Recipe, recipe_of
@@ -31,7 +32,7 @@ def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for an update of two thin products on a frozen linear layer that nothing else looks at."""
     if not isinstance(method, Delta) or type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES:
         return None
-    if x.is_meta or x.dim() < 2:
+    if kind_of(x) == "meta" or x.dim() < 2:
         return None
     thin, product = method.thin(p), before.product()
     if thin is None or product is None or not _ours(x, product) or not (p.casts or thin.A.dtype == x.dtype):
@@ -47,7 +48,7 @@ def _ours(x: Tensor, product: Product) -> bool:
         return False
     if product.casts:
         return product.dtype in DTYPES
-    return x.dtype == product.dtype and not torch.is_autocast_enabled(x.device.type)
+    return x.dtype == product.dtype and not autocasts(x)
 
 
 def _run(method: Delta, p: View, x: Tensor, thin: Thin, product: Product) -> Tensor:
@@ -73,15 +74,19 @@ def _at_hand(W: Source) -> Tensor:
 
 def dropping(x: Tensor, A: Tensor) -> Any:
     """The kernels for products with dropout, where they serve these tensors; else None."""
-    kernels = _dropped() if x.is_cuda and x.dtype != torch.float32 else None
+    kernels = _dropped(x.is_meta) if kind_of(x) == "cuda" and x.dtype != torch.float32 else None
     if kernels is None or x.shape[-1] % kernels.WORD or x.stride(-1) != 1 or not 0 < len(A) <= kernels.LARGEST:
         return None
     return kernels if x.is_contiguous() else None
 
 
 @functools.cache
-def _dropped() -> Any:
+def _dropped(meta: bool) -> Any:
     try:
+        if meta:
+            from . import dropped_shapes
+
+            return dropped_shapes
         from . import dropped_triton
     except ImportError:  # Triton is not installed
         return None
@@ -101,7 +106,7 @@ def _product(
     """The output, and the thin product `[rows, r]`."""
     rows = x.flatten(0, -2)
     if words is not None:
-        h = _dropped().shrunk(rows, words, A)
+        h = _dropped(x.is_meta).shrunk(rows, words, A)
     else:
         h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
     y = x.new_empty(*x.shape[:-1], B.shape[0])  # not a view, which could not be changed in place
@@ -166,7 +171,11 @@ class LowRankProduct(torch.autograd.Function):
             dh = scaled(dy, B, scale)
         if wants_A and dh is not None:
             x = (parts[0] if ctx.make is None else ctx.make(*parts)).flatten(0, -2)
-            dA = scaled(dh.t(), x, 1.0, ctx.dtype) if words is None else _dropped().outer(dh, x, words).to(ctx.dtype)
+            dA = (
+                scaled(dh.t(), x, 1.0, ctx.dtype)
+                if words is None
+                else _dropped(x.is_meta).outer(dh, x, words).to(ctx.dtype)
+            )
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:
@@ -214,7 +223,7 @@ def _thin_sum(thin: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None
         dx = torch.mm(torch.cat([dh for dh, _ in whole], 1), torch.cat([A for _, A in whole]))
     for dh, A, words in thin:
         if words is not None:
-            dx = _dropped().spread(dh, A, words, dx)
+            dx = _dropped(dh.is_meta).spread(dh, A, words, dx)
     return dx
 
 

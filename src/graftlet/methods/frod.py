@@ -91,6 +91,8 @@ class FRoD(Delta):
         generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
         for group in sorted(name.partition("/")[2] for name in tensors if name.startswith("frod_V/")):
             V, indices = tensors[f"frod_V/{group}"], tensors[f"frod_s_indices/{group}"]
+            if V.is_meta:
+                continue
             off = (~torch.eye(len(V), dtype=torch.bool)).nonzero()
             indices.copy_(off[torch.randperm(len(off), generator=generator)[: indices.shape[1]]].T)
             tensors[f"frod_s_size/{group}"].fill_(len(V))

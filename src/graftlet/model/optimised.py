@@ -11,6 +11,7 @@ both give the same. So a family that nobody thought of is served as far as it is
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import types
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.kernel import kind_of
 from ..core.prompt import CACHES, IGNORED
 from ..kernels.head_loss import HeadLoss
 from ..kernels.recipe import noted
@@ -85,10 +87,10 @@ def optimised(model: nn.Module) -> Optimised | None:
 
 def unavailable(model: nn.Module) -> str | None:
     """Why fused operations cannot run for a model here; None where they can."""
-    device = next(model.parameters()).device
-    if device.type != "cuda":
-        return f"the model is on {device.type}, and the fused operations need CUDA"
-    for package in ("triton", "liger_kernel"):
+    parameter = next(model.parameters())
+    if (kind := kind_of(parameter)) != "cuda":
+        return f"the model is on {kind}, and the fused operations need CUDA"
+    for package in () if parameter.is_meta else ("triton", "liger_kernel"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install {package.replace('_', '-')}"
     return None
@@ -109,6 +111,28 @@ def marked(forward: Forward) -> Forward:
     return forward
 
 
+PLACES = {
+    "norm": ("liger_kernel.ops.rms_norm:LigerRMSNormFunction", "Norm"),
+    "silu": ("liger_kernel.ops.swiglu:LigerSiLUMulFunction", "SiLUMul"),
+    "gelu": ("liger_kernel.ops.geglu:LigerGELUMulFunction", "GELUMul"),
+    "rotary": ("liger_kernel.transformers.rope:liger_rotary_pos_emb", "rotary"),
+}
+"""Where each fused operation is, and what stands for it where a model has no data."""
+
+
+def _fused(name: str, device: torch.device) -> Any:
+    place, stand_in = PLACES[name]
+    if device.type == "meta":
+        return getattr(importlib.import_module("graftlet.kernels.fused_shapes"), stand_in)
+    home, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(home), attribute)
+
+
+def _trial(device: torch.device) -> torch.device:
+    """Where an operation is tried: numbers are needed for that."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 # norms
 
 CASTS = [("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0), ("llama", 1.0)]
@@ -125,9 +149,8 @@ def norm(module: nn.Module) -> Forward | None:
 
 @functools.cache
 def _norm_of(kind: type, dtype: torch.dtype, device: torch.device, size: int, eps: float) -> Forward | None:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
-
-    x, W = (torch.randn(*shape, device=device).to(dtype) for shape in ((5, size), (size,)))
+    fused = _fused("norm", device)
+    x, W = (torch.randn(*shape, device=_trial(device)).to(dtype) for shape in ((5, size), (size,)))
     stand_in: Any = nn.Module.__new__(kind)
     nn.Module.__init__(stand_in)
     stand_in.weight = nn.Parameter(W)
@@ -136,13 +159,13 @@ def _norm_of(kind: type, dtype: torch.dtype, device: torch.device, size: int, ep
     with torch.no_grad():
         wanted = stand_in(x)
         for cast_, offset in CASTS:
-            if close(LigerRMSNormFunction.apply(x, W, eps, offset, cast_, False), wanted):
+            if close(fused.apply(x, W, eps, offset, cast_, False), wanted):
                 break
         else:
             return None
 
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        return LigerRMSNormFunction.apply(hidden_states, self.weight, eps, offset, cast_, False)
+        return fused.apply(hidden_states, self.weight, eps, offset, cast_, False)
 
     return marked(forward)
 
@@ -161,7 +184,7 @@ def gated(module: nn.Module) -> Forward | None:
     if not all(name in module._modules for name in ("gate_proj", "up_proj", "down_proj")):
         return None
     act = getattr(module, "act_fn", None)
-    multiply = _product_of(act)
+    multiply = _product_of(act, next(module.parameters()).device)
     if multiply is None or not _wired(type(module), cast(nn.Module, act)):
         return None
 
@@ -177,17 +200,14 @@ def _again(multiply: Any, gate: Tensor, up: Tensor) -> Tensor:
         return multiply.apply(gate, up)
 
 
-def _product_of(act: Any) -> Any:
+def _product_of(act: Any, device: torch.device) -> Any:
     """The fused `act(a) * b`, by what the activation does."""
-    from liger_kernel.ops.geglu import LigerGELUMulFunction  # pyright: ignore[reportMissingImports]
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
-
     if not callable(act):
         return None
     x = torch.linspace(-4, 4, 33)
-    for function, plain in ((LigerSiLUMulFunction, F.silu), (LigerGELUMulFunction, _tanh_gelu)):
+    for name, plain in (("silu", F.silu), ("gelu", _tanh_gelu)):
         if torch.allclose(cast(Tensor, act(x)), plain(x), atol=1e-6):
-            return function
+            return _fused(name, device)
     return None
 
 
@@ -229,8 +249,7 @@ def rotation(module: nn.Module) -> Forward | None:
 
 @functools.cache
 def _rotation_of(plain: Any, device: torch.device) -> Any:
-    from liger_kernel.transformers.rope import liger_rotary_pos_emb  # pyright: ignore[reportMissingImports]
-
+    fused, device = _fused("rotary", device), _trial(device)
     if not callable(plain):
         return None
     q, k = torch.randn(2, 4, 3, 16, device=device), torch.randn(2, 2, 3, 16, device=device)
@@ -239,9 +258,9 @@ def _rotation_of(plain: Any, device: torch.device) -> Any:
         wanted: Any = plain(q.clone(), k.clone(), cos, sin)
     except Exception:  # another signature, another rotation
         return None
-    found = liger_rotary_pos_emb(q.clone(), k.clone(), cos, sin)
+    found = fused(q.clone(), k.clone(), cos, sin)
     same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
-    return liger_rotary_pos_emb if same else None
+    return fused if same else None
 
 
 # the head and its loss

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...core.kernel import kind_of
+
 
 @torch.no_grad()
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The norms of the rows of `W + scale B A`, `[out]`, in single precision; W's own are found once."""
     A, B = A.float(), B.float()
-    across = (W @ A.t().to(W.dtype)).float() if W.is_cuda else W.float() @ A.t()
+    across = (W @ A.t().to(W.dtype)).float() if kind_of(W) == "cuda" else W.float() @ A.t()
     added = 2 * scale * (across * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
     return (_squares(W) + added).clamp_min_(0).sqrt_()
 
