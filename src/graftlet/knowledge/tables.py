@@ -57,11 +57,13 @@ def _where(family: str) -> str:
     return {"Replace": "any module", "Block": "whole blocks"}.get(family, "the model's input")
 
 
-def methods_markdown() -> str:
-    """The table of methods as Markdown."""
+def methods_markdown(family: str | None = None) -> str:
+    """The table of methods, of all or of one family, as Markdown."""
     heads = ("method", "config", "what it does", "family", "layers", "several active", "merges")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows():
+        if family not in (None, r.family):
+            continue
         title = f"[{r.title}](https://arxiv.org/abs/{r.paper})" if r.paper else r.title
         shown = r.formula.replace("|", "\\|")  # a bar would end the cell
         formula = f"<br>`{shown}`" if shown else ""

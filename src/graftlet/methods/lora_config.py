@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
 from ..core.target import by_pattern
-from ..errors import PatternWarning, UnsupportedOptionError, warn
+from ..errors import PatternOrderWarning, UnsupportedOptionError, warn
 from . import variants
 from .init import initialiser
 from .init.corda import CordaConfig
@@ -118,7 +118,7 @@ def _tell_idle(name: str, patterns: dict[str, Any]) -> None:
         for earlier in names[:i]:
             if patterns[earlier] != patterns[key] and by_pattern({earlier: True}, key, False):
                 warn(
-                    PatternWarning,
+                    PatternOrderWarning,
                     f"{name} has {key!r} after {earlier!r}, which matches all that it does and comes first; put the "
                     "longer one before it.",
                     stacklevel=6,
