@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -101,14 +100,15 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def milliseconds(work: Callable[[], Any], repeats: int = 7) -> float:
-    """The median of some runs, after two that do not count."""
-    taken = []
-    for _ in range(repeats + 2):
-        begun = time.perf_counter()
-        work()
-        taken.append(1000 * (time.perf_counter() - begun))
-    return statistics.median(taken[2:])
+def milliseconds(*works: Callable[[], Any], repeats: int = 9) -> list[float]:
+    """The least that each takes of some runs, in turn: what else a machine does lengthens some runs, never all."""
+    taken: list[list[float]] = [[] for _ in works]
+    for _ in range(repeats + 1):
+        for work, times in zip(works, taken, strict=True):
+            begun = time.perf_counter()
+            work()
+            times.append(1000 * (time.perf_counter() - begun))
+    return [min(times[1:]) for times in taken]
 
 
 class Peak(TorchDispatchMode):

@@ -268,6 +268,7 @@ STRICT, SILENCE = "GRAFTLET_STRICT", "GRAFTLET_SILENCE"
 """Variables of the environment: 1 for warnings that are errors; codes, with commas between, of those not to be given."""
 
 _silenced: list[str] = []
+_shown: set[str] = set()
 
 
 def strict() -> bool:
@@ -276,25 +277,28 @@ def strict() -> bool:
 
 
 def warn(category: type[GraftletWarning], message: str, stacklevel: int = 3) -> None:
-    """Give one warning, its code at the end of the line; the same line once, unless a filter of `warnings` says otherwise.
+    """Give one warning, its code at the end of the line; the same line once, unless a filter of `warnings` is for it.
 
     Raises the warning itself where `GRAFTLET_STRICT` is set, unless its code is silenced or a filter ignores it.
     """
     text = f"{message} [{category.code}]"
     if category.code in (*_silenced, *os.environ.get(SILENCE, "").replace(" ", "").split(",")):
         return
-    if strict() and not _ignored(category, text):
+    action = _action(category, text)
+    if strict() and action != "ignore":
         raise category(text)
-    warnings.filterwarnings("once", category=GraftletWarning, append=True)  # counts where no other filter matches
+    if action is None and text in _shown:
+        return
+    _shown.add(text)
     warnings.warn(text, category, stacklevel=stacklevel)
 
 
-def _ignored(category: type[GraftletWarning], text: str) -> bool:
-    """Whether the first filter that is for such a warning, wherever it is given, ignores it."""
+def _action(category: type[GraftletWarning], text: str) -> str | None:
+    """What the first filter does that is for such a warning, wherever it is given; None where there is none."""
     for action, pattern, kind, module, line in warnings.filters:
         if module is None and not line and issubclass(category, kind) and (pattern is None or _match(pattern, text)):
-            return action == "ignore"
-    return False
+            return action
+    return None
 
 
 def _match(pattern: object, text: str) -> bool:

@@ -68,7 +68,7 @@ def _show(found: Diagnosis, told: tuple[Advice, ...]) -> None:
         table = Table("", ward.environment.title, "", "", box=None, header_style="bold", pad_edge=False)
         for finding in ward.findings:
             state = f"[{COLOURS[finding.state]}]{finding.state}[/]"
-            table.add_row(state, finding.feature.title, finding.why, finding.command)
+            table.add_row(state, finding.feature.title.replace("`", ""), finding.why, finding.command)
         console.print(table, "")
     for advice in told:
         console.print(f"note: {advice}", soft_wrap=True, markup=False)

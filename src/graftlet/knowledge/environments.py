@@ -95,7 +95,8 @@ PAGES = (
     Environment(
         name="several-devices",
         title="Several devices",
-        text="A model that one device cannot hold, or a batch spread over several. The frozen base is sharded; an adapter is small "
+        text="A model that one device cannot hold, or a batch spread over several. The frozen base is sharded; "
+        "an adapter is small "
         "enough to be on each.",
         device="two or more NVIDIA GPUs of one kind",
         driver="as for CUDA training, and NCCL, which comes with torch",

@@ -18,8 +18,8 @@ from ..requirements import REQUIREMENTS, Requirement
 
 State = Literal["works", "absent", "broken"]
 """absent: something optional is not here. broken: what is here is of another version, or cannot be imported."""
-Check = Callable[[], "str | None"]
-"""Why a feature does not work here; None where it does."""
+Check = Callable[[], "tuple[str, str] | None"]
+"""Why a feature does not work here, and the command that mends it; None where it does."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def examine(feature: Feature) -> Finding:
     for module in feature.modules:
         if (why := unimportable(module)) is not None:
             return Finding(feature, "broken", why, feature.install)
-    if feature.check is not None and (why := feature.check()) is not None:
-        return Finding(feature, "absent", why, feature.command)
+    if feature.check is not None and (trouble := feature.check()) is not None:
+        return Finding(feature, "absent", *trouble)
     return Finding(feature, "works", versions(feature))
 
 
@@ -98,54 +98,58 @@ def _quoted(package: Requirement) -> str:
 # what this machine has
 
 
-def python() -> str | None:
+def python() -> tuple[str, str] | None:
     """Python 3.10 or later."""
-    return None if sys.version_info >= (3, 10) else f"this is Python {platform.python_version()}; 3.10 is needed"
+    old = sys.version_info < (3, 10)
+    return (f"this is Python {platform.python_version()}; 3.10 is needed", "") if old else None
 
 
-def cuda() -> str | None:
+def cuda() -> tuple[str, str] | None:
     """A CUDA device that torch can use."""
     import torch
 
     if torch.cuda.is_available():
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA"
-    return f"torch {torch.__version__} finds no device, or a driver too old for CUDA {torch.version.cuda}"
+        command = "pip install torch --index-url https://download.pytorch.org/whl/cu128"
+        return f"torch {torch.__version__} was built without CUDA", command
+    why = f"torch {torch.__version__} finds no device, or a driver too old for CUDA {torch.version.cuda}"
+    return why, "nvidia-smi"
 
 
-def several() -> str | None:
+def several() -> tuple[str, str] | None:
     """Two CUDA devices, and torch's ways to work on both."""
     import torch
 
-    if (why := cuda()) is not None:
-        return why
+    if (trouble := cuda()) is not None:
+        return trouble
     if not torch.distributed.is_available():
-        return f"torch {torch.__version__} was built without torch.distributed"
+        return f"torch {torch.__version__} was built without torch.distributed", ""
     count = torch.cuda.device_count()
-    return None if count > 1 else f"there is {count} CUDA device"
+    return None if count > 1 else (f"there is {count} CUDA device", "")
 
 
-def switched_off() -> str | None:
+def switched_off() -> tuple[str, str] | None:
     """Kernels not turned off by the environment."""
-    return f"{SWITCH}=0 is set" if os.environ.get(SWITCH, "1") == "0" else None
+    return (f"{SWITCH}=0 is set", f"unset {SWITCH}") if os.environ.get(SWITCH, "1") == "0" else None
 
 
-def triton() -> str | None:
+def triton() -> tuple[str, str] | None:
     """CUDA with Triton, and kernels on."""
-    if (why := switched_off() or cuda()) is not None:
-        return why
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if (trouble := switched_off() or cuda()) is not None:
+        return trouble
+    return None if importlib.util.find_spec("triton") else ("triton is not installed", "pip install triton")
 
 
-def liger() -> str | None:
+def liger() -> tuple[str, str] | None:
     """CUDA with Triton and liger-kernel."""
-    if (why := triton()) is not None:
-        return why
-    return None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
+    if (trouble := triton()) is not None:
+        return trouble
+    there = importlib.util.find_spec("liger_kernel")
+    return None if there else ("liger-kernel is not installed", "pip install liger-kernel")
 
 
-def half_on_cpu() -> str | None:
+def half_on_cpu() -> tuple[str, str] | None:
     """Instructions of the CPU for bfloat16: without, products in it are slower than in float32."""
     import torch
 
@@ -153,7 +157,7 @@ def half_on_cpu() -> str | None:
 
     if computes_in_bfloat16(torch.device("cpu")):
         return None
-    return "this CPU has no bfloat16 instructions; products in it work, and are slower than in float32"
+    return "this CPU has no bfloat16 instructions; products in it work, and are slower than in float32", ""
 
 
 # packages
@@ -247,7 +251,6 @@ STEP = Feature(
     "LoRA's product with the frozen one, in one step of autograd",
     uses=("graftlet.kernels.lowrank:forward",),
     check=switched_off,
-    command=f"unset {SWITCH}",
     note="Runs on linear layers, plain or of 4 bits. Declines, and leaves it to the plain way: under `torch.compile`, autocast "
     "(but for 4 bits) and transforms of functions; on layers with hooks or a bias or weight that learns.",
 )
@@ -264,7 +267,6 @@ CUDA = Feature(
     TORCH,
     ("torch",),
     check=cuda,
-    command="pip install torch --index-url https://download.pytorch.org/whl/cu128",
     uses=ADAPTERS.uses,
 )
 DROPOUT = Feature(
@@ -272,7 +274,6 @@ DROPOUT = Feature(
     "Dropout kept as a bit an entry",
     uses=("graftlet.kernels.lowrank:dropping",),
     check=triton,
-    command="pip install triton",
     optional=True,
     note="Declines in float32, for inputs that are not contiguous, and for widths that are no multiple of a word.",
 )
@@ -281,9 +282,9 @@ FUSED = Feature(
     "Fused norms, rotations, gates and head (`optimize_model`)",
     uses=("graftlet.model.optimised:optimize_model", "graftlet.kernels.head_loss:HeadLoss"),
     check=liger,
-    command="pip install liger-kernel",
     optional=True,
-    note="Each operation is tried beside the model's own, and replaced where both agree; `graftlet.optimised(model)` says what was.",
+    note="Each operation is tried beside the model's own, and replaced where both agree; "
+    "`graftlet.optimised(model)` says what was.",
 )
 FSDP = Feature(
     "fsdp2",

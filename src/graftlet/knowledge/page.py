@@ -111,7 +111,7 @@ def _file(module: str) -> Path:
     return Path(spec.origin)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 

@@ -21,7 +21,8 @@ _FAMILIES = {
     ),
     "Rewrite": (
         "Methods that make a new weight",
-        "`y = op(x, W', b')` with `(W', b')` a function of the weight and the adapter. They read the weight, so a quantised one "
+        "`y = op(x, W', b')` with `(W', b')` a function of the weight and the adapter. They read the weight, so "
+        "a quantised one "
         "is dequantised for them.",
     ),
     "Routed": (

@@ -70,7 +70,8 @@ PAGES = (
     ),
     code(
         errors.AdapterFileError,
-        "A file's header is damaged, or its tensors are not those that the model's adapter has: missing, unexpected, misshaped, "
+        "A file's header is damaged, or its tensors are not those that the model's adapter has: missing, "
+        "unexpected, misshaped, "
         "of another kind, not finite; or its sums say that it was changed. The model is as it was.",
         "`graftlet verify DIR` says what a folder contains and whether it would load. `strict=False` leaves out what does not "
         "fit and says so. An adapter for a larger vocabulary needs `model.resize_token_embeddings` first.",
@@ -83,7 +84,8 @@ PAGES = (
         errors.BaseMismatchError,
         "The file records a sample of its base's weights, and those of the model differ; or it records none and "
         "`verify_base=True` asks for it.",
-        "Load the base that the adapter's config names, in the revision that it names. Without `verify_base` this is a warning.",
+        "Load the base that the adapter's config names, in the revision that it names. Without `verify_base` "
+        "this is a warning.",
         "base-differs",
         "verify-the-base",
         "files",
@@ -141,7 +143,8 @@ PAGES = (
     ),
     code(
         errors.TrainingInterrupted,
-        "Ctrl-C, or a signal to end, reached a run of `graftlet train`. It ended after a whole step, whose checkpoint is saved.",
+        "Ctrl-C, or a signal to end, reached a run of `graftlet train`. It ended after a whole step, whose "
+        "checkpoint is saved.",
         "Run the same command with `resume=true`. The command's exit status is 130.",
         "fine-tune",
         evidence=("graftlet.train.callbacks:StopOnSignal",),

@@ -76,7 +76,8 @@ PAGES = (
     ),
     code(
         errors.RoundingWarning,
-        "Weights of few bits cannot hold just any merged weight. The line says how far off the worst layer is, as a share of its "
+        "Weights of few bits cannot hold just any merged weight. The line says how far off the worst layer is, "
+        "as a share of its "
         "weight and of what the adapter changes.",
         "`merge_and_unload(dequantize=True)`, or keep the adapter beside the base. `merge_errors(model)` has every layer.",
         "merge-into-quantised",
@@ -101,13 +102,15 @@ PAGES = (
     ),
     code(
         errors.TieIdleWarning,
-        "`ensure_weight_tying=True` finds nothing to do: the model shares no weight, or none of the adapted layers has a part in it.",
+        "`ensure_weight_tying=True` finds nothing to do: the model shares no weight, or none of the adapted "
+        "layers has a part in it.",
         "Leave it out, or target the embedding.",
         "tied-embeddings",
     ),
     code(
         errors.PartedWarning,
-        "A merge has changed the embedding or the head and not the other. They are two weights now, and the model's config says so, "
+        "A merge has changed the embedding or the head and not the other. They are two weights now, and the "
+        "model's config says so, "
         "so that both are saved.",
         "Nothing, if that is meant. Else adapt both: `ensure_weight_tying=True`.",
         "tied-embeddings",
@@ -136,7 +139,8 @@ PAGES = (
     ),
     code(
         errors.HeadWarning,
-        "A model for classification has a head that is new, and an adapter without a task type trains and saves adapters alone. "
+        "A model for classification has a head that is new, and an adapter without a task type trains and saves "
+        "adapters alone. "
         "The head stays random.",
         "`task_type='SEQ_CLS'` (or `TOKEN_CLS`, `QUESTION_ANS`), or the head's name in `modules_to_save`.",
         "head-trained",
@@ -150,7 +154,8 @@ PAGES = (
     ),
     code(
         errors.PatternWarning,
-        "A name in `target_modules` that stands for no module, while others do; or a key of a pattern that stands for none of the "
+        "A name in `target_modules` that stands for no module, while others do; or a key of a pattern that "
+        "stands for none of the "
         "adapted layers. What it was meant for is not adapted, or has the ordinary rank.",
         "Take the name that the line proposes, or leave it out.",
         "target-all-linear",
@@ -170,19 +175,22 @@ PAGES = (
     ),
     code(
         errors.CallWarning,
-        "An argument was given that nothing looks at: with these other arguments, this method, or this version of transformers.",
+        "An argument was given that nothing looks at: with these other arguments, this method, or this version "
+        "of transformers.",
         "Leave it out.",
     ),
     code(
         errors.ReachWarning,
-        "An adapter that acts from an invocation on (aLoRA) finds it in `input_ids`. A call with `inputs_embeds` has none, and runs "
+        "An adapter that acts from an invocation on (aLoRA) finds it in `input_ids`. A call with `inputs_embeds` "
+        "has none, and runs "
         "as the base.",
         "Call with `input_ids`.",
         evidence=("graftlet.model.reach:call",),
     ),
     code(
         errors.RecompileWarning,
-        "`prepare_model_for_compiled_hotswap` turns scalings into tensors. A model that was compiled before was compiled for numbers.",
+        "`prepare_model_for_compiled_hotswap` turns scalings into tensors. A model that was compiled before was "
+        "compiled for numbers.",
         "Prepare first, compile after.",
         "hotswap-before-compile",
         "hotswap",

@@ -41,7 +41,8 @@ def gradient_checkpointing(facts: Facts) -> bool:
     "Re-entrant checkpointing gives no gradient to adapters below a frozen embedding",
     when="Checkpointing with `use_reentrant=True`.",
     do="`use_reentrant=False`, which is what is taken unless told otherwise; or `model.enable_input_require_grads()`.",
-    effect="torch's re-entrant checkpoint on frozen inputs: {bare} of {bare_tensors} adapter tensors got a gradient. A model prepared "
+    effect="torch's re-entrant checkpoint on frozen inputs: {bare} of {bare_tensors} adapter tensors got a "
+    "gradient. A model prepared "
     "by Graftlet: {graftlet} of {tensors} with re-entrance, {plain} without",
     links=("qlora", "fine-tune"),
     evidence=("graftlet.model.prepare:prepare_model_for_kbit_training",),
@@ -94,7 +95,8 @@ def logits_of_a_large_vocabulary(facts: Facts) -> bool:
     "Kernels that are switched off",
     when="`GRAFTLET_KERNELS=0` is set, and the method is LoRA or made of it.",
     do="Unset it, unless second derivatives are needed.",
-    effect="Without them the peak of a LoRA step on all linear layers is {more:.0%} higher; a step takes {slower:.2f} times as long",
+    effect="Without them the peak of a LoRA step on all linear layers is {more:.0%} higher; a step takes "
+    "{slower:.2f} times as long",
     links=("cpu", "cuda-training", "Delta"),
     evidence=("graftlet.core.kernel:kernels", "graftlet.kernels.lowrank:forward"),
 )
@@ -176,7 +178,8 @@ def adapters_in_half_precision(facts: Facts) -> bool:
     "bfloat16 on a CPU without the instructions for it",
     when="A model in bfloat16 on a CPU that does not compute in it.",
     do='`dtype = "auto"` or `"float32"` in `[model]`.',
-    effect="A product of 512 x 512 matrices took {slower:.1f} times as long in bfloat16 (with the instructions: {instructions})",
+    effect="A product of 512 x 512 matrices took {slower:.1f} times as long in bfloat16 (with the instructions: "
+    "{instructions})",
     links=("cpu", "fine-tune"),
     evidence=("graftlet.train.base:pick_dtype", "graftlet.train.base:computes_in_bfloat16"),
 )
@@ -192,7 +195,8 @@ def bfloat16_on_cpu(facts: Facts) -> bool:
     effect="{less:.2%} less at the peak of a step on a CPU, all linear layers adapted",
     also=(
         cited(
-            "On a GPU with SmolLM2-135M: {fa:,} bytes at the peak, LoRA {lora:,}; validation loss {fa_loss:.3f}, LoRA {lora_loss:.3f}",
+            "On a GPU with SmolLM2-135M: {fa:,} bytes at the peak, LoRA {lora:,}; validation loss {fa_loss:.3f}, "
+            "LoRA {lora_loss:.3f}",
             "lora-variants.json",
             fa=("runs", {"row": "lorafa", "rate": 0.003}, "peak_memory"),
             lora=("runs", {"row": "lora", "rate": 0.001}, "peak_memory"),

@@ -14,13 +14,15 @@ PROJECTIONS = {"w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 @heuristic(
     "Merging into quantised weights rounds",
     when="A quantised base, and a merge.",
-    do="`merge_and_unload(dequantize=True)`, which makes a dense model; or keep the adapter beside the base. `merge_errors(model)` "
+    do="`merge_and_unload(dequantize=True)`, which makes a dense model; or keep the adapter beside the base. "
+    "`merge_errors(model)` "
     "tells what was lost, layer by layer.",
     effect="NF4, on a CPU: the merged weight is off by {of_weight:.0%} of itself, which is {of_change:.0%} of what the adapter "
     "changes; with `dequantize=True` by {dequantised:.0e}",
     also=(
         cited(
-            "On a GPU, the worst layer: {of_weight:.0%} and {of_change:.0%}; logits off by {packed:.0%}, dequantised by {dense:.0%}",
+            "On a GPU, the worst layer: {of_weight:.0%} and {of_change:.0%}; logits off by {packed:.0%}, "
+            "dequantised by {dense:.0%}",
             "quantised-gpu.json",
             of_weight=("correctness", "merging", "worst layer, share of its weight"),
             of_change=("correctness", "merging", "of the adapter's change"),
@@ -58,7 +60,8 @@ def clone_of_quantised_output(facts: Facts) -> bool:
     "Embeddings are saved where the vocabulary was resized",
     when="The vocabulary was resized, or an embedding is among the targets.",
     do="Leave `save_embedding_layers` at `auto`; or train only the new rows with `TrainableTokensConfig`.",
-    effect="A file of {without:,} bytes becomes one of {along:,}; without them, the logits of an input with new tokens are off by "
+    effect="A file of {without:,} bytes becomes one of {along:,}; without them, the logits of an input with new "
+    "tokens are off by "
     "{difference:.0%} after loading",
     links=("fine-tune", "embedding-saved", "vocabulary-differs", "Rewrite"),
     evidence=("graftlet.model.embeddings:to_save", "graftlet.methods.trainable_tokens:TrainableTokensConfig"),
@@ -74,7 +77,8 @@ def embeddings_saved(facts: Facts) -> bool:
     "Tied embeddings part when one is merged into",
     when="The input and the output embedding share a weight, and one of them is among the targets.",
     do="`ensure_weight_tying=True` adapts both alike. Or accept a model that is larger by one embedding.",
-    effect="Merging an adapter on the head alone made the model {grown:.0%} larger (vocabulary 2,000, width 64); with both adapted "
+    effect="Merging an adapter on the head alone made the model {grown:.0%} larger (vocabulary 2,000, width 64); "
+    "with both adapted "
     "alike {together:.0%}",
     links=("merge", "tied-weights", "tie-parted", "fine-tune"),
     evidence=("graftlet.core.ties:check", "graftlet.core.ties:retie"),
@@ -90,9 +94,10 @@ def tied_embeddings(facts: Facts) -> bool:
 @heuristic(
     "Experts are stacks from transformers 5 on",
     when="A mixture of experts under transformers 5, with `target_modules` that name an expert's projections.",
-    do='`target_parameters = ["experts.gate_up_proj", "experts.down_proj"]` for new adapters. Older ones, with a pair an expert, '
-    "are put on the stacks as they are loaded.",
-    effect="An adapter of {tensors} tensors with a pair an expert, loaded on stacks: outputs differ by {difference:.0e} from those "
+    do='`target_parameters = ["experts.gate_up_proj", "experts.down_proj"]` for new adapters. Older ones, with a pair '
+    "an expert, are put on the stacks as they are loaded.",
+    effect="An adapter of {tensors} tensors with a pair an expert, loaded on stacks: outputs differ by "
+    "{difference:.0e} from those "
     "that its pairs add up to",
     links=("fine-tune", "adapter-file", "target-no-match"),
     evidence=("graftlet.model.fused:converted", "graftlet.weights.experts:Experts"),
@@ -108,8 +113,10 @@ def fused_experts(facts: Facts) -> bool:
     "Starts that change the base",
     when="`init_lora_weights` is PiSSA, OLoRA, CorDA, LoRA-GA or LoftQ.",
     do="Save with `path_initial_model_for_weight_conversion` (`graftlet train` does), and have no other adapter on that base.",
-    effect="With a PiSSA adapter disabled, what stands there is off from the base by {disabled:.0%} of its logits; once more on the "
-    "untouched base, what was trained is off by {naive:.0e} (the start is made again as it is loaded), as plain LoRA by {converted:.0e}",
+    effect="With a PiSSA adapter disabled, what stands there is off from the base by {disabled:.0%} of its "
+    "logits; once more on the "
+    "untouched base, what was trained is off by {naive:.0e} (the start is made again as it is loaded), as plain "
+    "LoRA by {converted:.0e}",
     links=("fine-tune", "start-not-neutral", "conversion-idle", "several-adapters-one-start"),
     evidence=("graftlet.methods.init.pissa:pissa", "graftlet.model.plain:as_plain", "graftlet.train.starts:initial_of"),
 )
@@ -123,7 +130,8 @@ def start_changes_base(facts: Facts) -> bool:
     "Adapters that change the base stand alone",
     when="Several adapters over one base, and a start that changes the base.",
     do="Convert each to plain LoRA as it is saved, then load those.",
-    effect="A second, new adapter beside a PiSSA one gives logits that are off by {second:.0%} from the base that it should start at",
+    effect="A second, new adapter beside a PiSSA one gives logits that are off by {second:.0%} from the base "
+    "that it should start at",
     links=("serve", "start-changes-base", "Delta"),
     evidence=("graftlet.model.plain:as_plain",),
 )

@@ -11,7 +11,8 @@ from . import cited, collected, heuristic
     "DoRA in mixed batches",
     when="DoRA, and several adapters served over one base.",
     do="Use `adapter_names` as with any method. Where its cost matters, convert to LoRA (`save_as_lora`) or merge.",
-    effect="A batch of 8 rows with 4 adapters: {dora:.1f} ms with DoRA, {lora:.1f} ms with LoRA, {dora_to_lora:.1f} times as long. "
+    effect="A batch of 8 rows with 4 adapters: {dora:.1f} ms with DoRA, {lora:.1f} ms with LoRA, "
+    "{dora_to_lora:.1f} times as long. "
     "The reference raises {reference}",
     links=("serve", "serving", "Delta", "adapter-names-a-batch"),
     evidence=("graftlet.methods.variants.dora:DoRA", "graftlet.core.group:Group"),
@@ -47,7 +48,8 @@ def adapter_names_a_batch(facts: Facts) -> bool:
     "Safe merging, and adapters that are not finite",
     when="A merge.",
     do="Leave `safe_merge` as it is, on. A file with NaN or infinity is refused as it is loaded.",
-    effect="A merge that looks at what it has made takes {slower:.2f} times as long as one that does not; an adapter with one NaN was "
+    effect="A merge that looks at what it has made takes {slower:.2f} times as long as one that does not; an "
+    "adapter with one NaN was "
     "{outcome}, and {changed} weights were changed",
     links=("merge", "merge-refused", "adapter-file"),
     evidence=("graftlet.core.merging:write", "graftlet.core.state:check_finite"),
@@ -79,7 +81,8 @@ def safe_merge(facts: Facts) -> bool:
     told=False,
 )
 def exact_merging_takes_time(facts: Facts) -> bool:
-    """Adding and subtracting does not bring a weight's bits back. What rounding took is found and kept, seven bits an element."""
+    """Adding and subtracting does not bring a weight's bits back. What rounding took is found and kept, seven bits
+    an element."""
     return facts.merges and facts.quantised is None
 
 
@@ -87,7 +90,8 @@ def exact_merging_takes_time(facts: Facts) -> bool:
     "Merged is quickest to serve, where there is one adapter",
     when="One adapter served over one base that is not quantised.",
     do="`merge_and_unload()`, or `graftlet merge` on disk.",
-    effect="A call of 8 rows of 32 tokens on a CPU: {beside:.1f} ms with the adapter beside the weights, {merged:.1f} ms merged",
+    effect="A call of 8 rows of 32 tokens on a CPU: {beside:.1f} ms with the adapter beside the weights, "
+    "{merged:.1f} ms merged",
     also=(
         cited(
             "On a GPU, 32 rows of one token: {beside:.3f} s beside, {alone:.3f} s for the base alone, which a merged one is",
@@ -109,7 +113,8 @@ def merged_to_serve(facts: Facts) -> bool:
     "`linear` is not the sum of the adapters",
     when="`add_weighted_adapter` with `linear`, or another kind that combines A and B each for itself.",
     do='`combination_type="exact"`, `"svd"` or `"cat"`.',
-    effect="Of two adapters with weights 0.7 and 0.3, `linear` is off from the sum of their changes by {linear:.0%} of it, `exact` by "
+    effect="Of two adapters with weights 0.7 and 0.3, `linear` is off from the sum of their changes by "
+    "{linear:.0%} of it, `exact` by "
     "{exact:.0e}",
     links=("serve", "Delta"),
     evidence=("graftlet.core.combine:Combination", "graftlet.core.arithmetic:apart"),
@@ -136,14 +141,16 @@ def hotswap_before_compile(facts: Facts) -> bool:
     "Position ids with prompt methods",
     when="A prompt method.",
     do="Give position ids of the text alone, or none: they are shifted behind the prompt.",
-    effect="Given from 0 on, and not given: logits differ by {given:.0e}. Where they were shifted by two more, by {shifted:.2f}: they "
+    effect="Given from 0 on, and not given: logits differ by {given:.0e}. Where they were shifted by two more, "
+    "by {shifted:.2f}: they "
     "are looked at",
     links=("fine-tune", "Prompt", "Cache", "call-ignored"),
     evidence=("graftlet.model.prompted:tell", "graftlet.model.prompted:grown_input"),
     told=False,
 )
 def position_ids_with_prompts(facts: Facts) -> bool:
-    """A prompt of twenty tokens stands before the text, so the text's first token is at twenty. Position ids that count the text
+    """A prompt of twenty tokens stands before the text, so the text's first token is at twenty. Position ids that
+    count the text
     alone would put both at the same places, or have to be dropped."""
     return facts.prompt
 

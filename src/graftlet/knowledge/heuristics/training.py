@@ -10,10 +10,11 @@ LOW_RANK = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA", "GRALORA", "M
 
 
 @heuristic(
-    "LoRA wants about ten times the learning rate of full fine-tuning",
+    "LoRA wants a higher learning rate than full fine-tuning",
     when="A low-rank method, and a learning rate below 5e-5.",
     do="Begin with 2e-4 to 1e-3 for LoRA, and try three times as much before anything else.",
-    effect="The best of nine rates was {full_best:.0e} for all weights and {lora_best:.0e} for LoRA of rank 8: {ratio:.0f} times",
+    effect="The best of nine rates was {full_best:.0e} for all weights and {lora_best:.0e} for LoRA of rank 8: "
+    "{ratio:.1f} times",
     also=(
         cited(
             "SmolLM2-135M with LoRA of rank 8, validation loss: {low:.2f} at 3e-4, {high:.2f} at 1e-3",
@@ -27,7 +28,7 @@ LOW_RANK = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "RANDLORA", "GRALORA", "M
 )
 def learning_rate_of_lora(facts: Facts) -> bool:
     """B starts at zero and the product of two small factors moves little at first. A rate that is right for the weights
-    themselves leaves the adapter near its start."""
+    themselves leaves the adapter near its start. Ten times is a common rule; here it was less."""
     return facts.trains and facts.method in LOW_RANK and facts.rate < 5e-5
 
 
@@ -35,8 +36,8 @@ def learning_rate_of_lora(facts: Facts) -> bool:
     "High ranks want rsLoRA",
     when="LoRA with a rank of 32 or more, without `use_rslora`, and `lora_alpha` not above the rank.",
     do="`use_rslora=True`: the scale is alpha / sqrt(r), and a higher rank moves as much as a low one.",
-    effect="From rank 4 to rank 128, with alpha 8, what the first step of gradient descent changes in the weights shrank to {plain:.0%} "
-    "of what it was; with rsLoRA it stayed at {rs:.0%}",
+    effect="From rank 4 to rank 128, with alpha 8, what the first step of Adam changes in the "
+    "weights shrank to {plain:.0%} of what it was; with rsLoRA it stayed at {rs:.0%}",
     links=("fine-tune", "Delta"),
     evidence=("graftlet.methods.lora_config:LoraConfig",),
 )
@@ -51,7 +52,8 @@ def rslora_for_high_ranks(facts: Facts) -> bool:
     "Adapt all linear layers",
     when="A low-rank method whose targets are attention's projections alone, at a rank above 8.",
     do='`target_modules="all-linear"`, at a lower rank for the same number of parameters.',
-    effect="With {numbers:,} trained numbers either way, the loss after {steps} steps was {narrow:.3f} on the attention's q and v, "
+    effect="With {numbers:,} trained numbers either way, the loss after {steps} steps was {narrow:.3f} on the "
+    "attention's q and v, "
     "and {wide:.3f} on all linear layers",
     links=("fine-tune", "Delta"),
     evidence=("graftlet.core.target:matches",),
@@ -123,7 +125,8 @@ def learning_rate_of_small_methods(facts: Facts) -> bool:
     do='`optimizer = "loraplus"` with a rate a third of that for LoRA: B learns sixteen times as fast as A.',
     also=(
         cited(
-            "Validation loss after 40 steps, each at the best of its rates: {plus:.3f} at 3e-4 (LoRA+), {plain:.3f} at 1e-3 (AdamW)",
+            "Validation loss after 40 steps, each at the best of its rates: {plus:.3f} at 3e-4 (LoRA+), "
+            "{plain:.3f} at 1e-3 (AdamW)",
             "lora-variants.json",
             plus=("runs", {"row": "loraplus", "rate": 0.0003}, "validation_loss"),
             plain=("runs", {"row": "lora", "rate": 0.001}, "validation_loss"),
@@ -142,7 +145,8 @@ def two_rates_for_lora(facts: Facts) -> bool:
     "A padding token that is the end token",
     when="The tokenizer's padding token is its end token.",
     do="Mask by place, as `graftlet train` does; a collator that masks by the token's number teaches no end. Or add a token.",
-    effect="Of {ends} end tokens in the answers, Graftlet's collator teaches {kept}, one that masks the padding's number {lost}",
+    effect="Of {ends} end tokens in the answers, Graftlet's collator teaches {kept}, one that masks the "
+    "padding's number {lost}",
     links=("fine-tune",),
     evidence=("graftlet.train.batches:Collator", "graftlet.train.base:load_tokenizer"),
     told=False,
@@ -156,8 +160,8 @@ def padding_as_end(facts: Facts) -> bool:
 @heuristic(
     "Packed rows without an attention that keeps examples apart",
     when="Packing, with an attention that is told of examples by position ids alone and does not look at them.",
-    do='`attention = "sdpa"` or `"flash_attention_2"`; `graftlet train` tries on its first batch, and refuses where examples see '
-    "each other.",
+    do='`attention = "sdpa"` or `"flash_attention_2"`; `graftlet train` tries on its first batch, and refuses where '
+    "examples see each other.",
     effect="The second of two packed examples: its logits moved by {mixed:.2f} where attention ran over the row, by "
     "{apart:.0e} with position ids that start anew",
     links=("fine-tune", "config-invalid"),
@@ -173,7 +177,8 @@ def packing_without_isolation(facts: Facts) -> bool:
     "The head of a classifier learns only where it is named",
     when="A model with a classifier's head, an adapter without `task_type` and without `modules_to_save`.",
     do='`task_type="SEQ_CLS"`, `"TOKEN_CLS"` or `"QUESTION_ANS"`.',
-    effect="The loss of four classes after {steps} steps: {frozen:.2f} with the head frozen at random, {trained:.2f} with it trained "
+    effect="The loss of four classes after {steps} steps: {frozen:.2f} with the head frozen at random, "
+    "{trained:.2f} with it trained "
     "(chance is {chance:.2f})",
     links=("fine-tune", "head-frozen", "Replace"),
     evidence=("graftlet.model.mapping:get_peft_model", "graftlet.core.target:HEADS_OF"),
