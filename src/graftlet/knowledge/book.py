@@ -108,4 +108,4 @@ def markdown(page: Page, link: Callable[[Page], str], code: Callable[[str], str]
 
 def plain(page: Page) -> str:
     """A page as Markdown that stands alone, as a terminal shows it."""
-    return markdown(page, lambda other: f"`{other.name}`", lambda symbol: f"`{symbol}` ({locate(symbol)})")
+    return markdown(page, lambda other: f"`{other.name}`", lambda symbol: f"`{symbol}` (src/{locate(symbol)})")

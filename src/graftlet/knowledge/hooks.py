@@ -18,8 +18,9 @@ def _root(config: Any) -> Path:
 def on_config(config: Any) -> Any:
     """Put every kind of page into the navigation."""
     for kind, title in KINDS.items():
-        below = [site.index_of(kind), *({page.title: site.path_of(page)} for page in of_kind(kind))]
-        config.nav = [*config.nav, {title: below}]
+        named = kind in ("code", "heuristic")  # whose titles are sentences
+        below = [{page.name if named else page.title: site.path_of(page)} for page in of_kind(kind)]
+        config.nav = [*config.nav, {title: [site.index_of(kind), *below]}]
     measured = sorted((_root(config) / "benchmarks" / "results").glob("*.md"))
     config.nav = [*config.nav, {"Measured": [f"measured/{file.name}" for file in measured]}]
     return config

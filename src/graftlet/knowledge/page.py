@@ -68,9 +68,9 @@ class Principle(Page):
     family: str
 
     def sections(self) -> dict[str, str]:
-        from .tables import methods_markdown
+        from .tables import family_markdown
 
-        return {"Methods": methods_markdown(self.family)}
+        return {"Methods": family_markdown(self.family)}
 
 
 @dataclass(frozen=True)

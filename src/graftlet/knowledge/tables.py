@@ -57,13 +57,11 @@ def _where(family: str) -> str:
     return {"Replace": "any module", "Block": "whole blocks"}.get(family, "the model's input")
 
 
-def methods_markdown(family: str | None = None) -> str:
-    """The table of methods, of all or of one family, as Markdown."""
+def methods_markdown() -> str:
+    """The table of methods as Markdown."""
     heads = ("method", "config", "what it does", "family", "layers", "several active", "merges")
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in rows():
-        if family not in (None, r.family):
-            continue
         title = f"[{r.title}](https://arxiv.org/abs/{r.paper})" if r.paper else r.title
         shown = r.formula.replace("|", "\\|")  # a bar would end the cell
         formula = f"<br>`{shown}`" if shown else ""
@@ -71,6 +69,17 @@ def methods_markdown(family: str | None = None) -> str:
         lines.append(
             f"| {r.name} | `{r.config}` | {title}{formula} | {r.family} | {r.layers} | {r.several} | {merges} |"
         )
+    return "\n".join(lines)
+
+
+def family_markdown(family: str) -> str:
+    """A family's methods as a list, each with its formula."""
+    lines = []
+    for r in (r for r in rows() if r.family == family):
+        title = f"[{r.title}](https://arxiv.org/abs/{r.paper})" if r.paper else r.title
+        formula = f" `{r.formula}`." if r.formula else ""
+        merges = "merges" if r.merges else "does not merge"
+        lines.append(f"- **{r.name}** (`{r.config}`): {title}.{formula} On {r.layers}; {merges}; several {r.several}.")
     return "\n".join(lines)
 
 

@@ -26,12 +26,15 @@ class Code(Page):
     @property
     def places(self) -> list[str]:
         """Where it is given, as `file:line`."""
-        return [str(place) for name, place in givings() if name == self.of.__name__]
+        return [f"src/{place}" for name, place in givings() if name == self.of.__name__]
 
     def sections(self) -> dict[str, str]:
         kind = "Warning" if self.warning else "Error"
         bases = [b.__name__ for b in self.of.__mro__[1:] if b not in (object, Exception, BaseException)]
-        told = {"What to do": self.mend, kind: f"`graftlet.errors.{self.of.__name__}`, a {', a '.join(bases)}."}
+        told = {
+            "What to do": self.mend,
+            kind: f"`graftlet.errors.{self.of.__name__}`, which is a `{'`, `'.join(bases)}`.",
+        }
         if self.warning and self.places:
             told[kind] += (
                 f'\n\n`graftlet.silence("{self.name}")` or `{SILENCE}={self.name}` keeps it quiet; '
