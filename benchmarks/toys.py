@@ -65,8 +65,8 @@ def chain(step: int, seed: int, shift: int = 0) -> Tensor:
     return row
 
 
-def learn(model: Any, rate: float, steps: int, shift: int = 0) -> float:
-    """Train what can be trained, and give the loss on rows that were held out."""
+def learn(model: Any, rate: float, steps: int, shift: int = 0, kept: torch.dtype = torch.float32) -> float:
+    """Train what can be trained, kept in a number type, and give the loss on rows that were held out."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     model.train()
     for step in range(steps):
@@ -76,6 +76,9 @@ def learn(model: Any, rate: float, steps: int, shift: int = 0) -> float:
         model(input_ids=batch, labels=batch).loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        for parameter in model.parameters():
+            if parameter.requires_grad and kept != torch.float32:
+                parameter.data.copy_(parameter.data.to(kept))
     model.eval()
     with torch.no_grad():
         held = torch.cat([chain(step, 2, shift) for step in range(8)])

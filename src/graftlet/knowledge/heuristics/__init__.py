@@ -36,7 +36,8 @@ class Effect:
     def told(self, results: Path) -> str:
         """The sentence. Raises `ConfigError` where the results have no such figure."""
         found = {name: _figure(results, file, steps) for name, (file, steps) in self.figures.items()}
-        return self.text.format(**found, **{f"{a}_to_{b}": found[a] / found[b] for a, b in _ratios(self.text, found)})
+        ratios = {f"{a}_to_{b}": found[a] / found[b] for a, b in _ratios(self.text, found)}
+        return self.text.format(**found, **ratios).replace("0e+00", "0")
 
     @property
     def sources(self) -> str:

@@ -37,7 +37,7 @@ def learning_rate_of_lora(facts: Facts) -> bool:
     when="LoRA with a rank of 32 or more, without `use_rslora`, and `lora_alpha` not above the rank.",
     do="`use_rslora=True`: the scale is alpha / sqrt(r), and a higher rank moves as much as a low one.",
     effect="From rank 4 to rank 128, with alpha 8, what the first step of Adam changes in the "
-    "weights shrank to {plain:.0%} of what it was; with rsLoRA it stayed at {rs:.0%}",
+    "weights shrank to {plain:.0%} of what it was; with rsLoRA it was {rs:.0%}",
     links=("fine-tune", "Delta"),
     evidence=("graftlet.methods.lora_config:LoraConfig",),
 )
@@ -52,9 +52,8 @@ def rslora_for_high_ranks(facts: Facts) -> bool:
     "Adapt all linear layers",
     when="A low-rank method whose targets are attention's projections alone, at a rank above 8.",
     do='`target_modules="all-linear"`, at a lower rank for the same number of parameters.',
-    effect="With {numbers:,} trained numbers either way, the loss after {steps} steps was {narrow:.3f} on the "
-    "attention's q and v, "
-    "and {wide:.3f} on all linear layers",
+    effect="The loss after {steps} steps was {narrow:.2f} with {narrow_numbers:,} trained numbers on the attention's q and v, "
+    "and {wide:.2f} with {wide_numbers:,} on all linear layers",
     links=("fine-tune", "Delta"),
     evidence=("graftlet.core.target:matches",),
 )
