@@ -10,7 +10,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-hostile lint docs-check clean
+.PHONY: demo test test-all test-hostile lint docs docs-check clean
 
 # A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
 $(READY): pyproject.toml Makefile
@@ -57,5 +57,13 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The site, in site/; and whether its pages, links, names and evidence hold together.
+docs: docs-check
+	$(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/mkdocs build -q
+
+docs-check: $(READY)
+	$(BIN)/python -m graftlet.knowledge --check
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) site runs .pytest_cache .ruff_cache build dist src/*.egg-info

@@ -19,7 +19,7 @@ FLOORS = {
 """The floor of each package; the modules beside them (`config`, `errors`, `registry`, `files`) are the ground, 0."""
 SHARED_BY_METHODS = ("variants", "init", "data", "prompts", "parts", "allocation", "lora_config")
 """Packages inside `methods` that methods may import; they never import each other."""
-UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model")}
+UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model"), ("cli", "knowledge")}
 """On one floor, who may import whom."""
 
 OPTIONAL = {

@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "config": "PeftConfig PromptLearningConfig PeftType TaskType get_peft_config",
-    "errors": "GraftletError GraftletWarning PeftError PeftWarning NoMatchingPeftModuleError",
+    "errors": "GraftletError GraftletWarning PeftError PeftWarning NoMatchingPeftModuleError silence",
     "registry": "method",
     "core.context": "Call using",
     "methods.lora": "LoraConfig LoraRuntimeConfig",

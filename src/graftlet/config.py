@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 from . import limits
-from .errors import AdapterFileError, ConfigError, PatternWarning, UnknownFieldWarning, listing, nearest, shown, warn
+from .errors import (
+    AdapterFileError,
+    ConfigError,
+    PatternOrderWarning,
+    UnknownFieldWarning,
+    listing,
+    nearest,
+    shown,
+    warn,
+)
 from .files import find_file, write_atomically
 from .pair import read_config
 from .patterns import endings
@@ -200,7 +209,7 @@ class PeftConfig:
         """Raise `ConfigError` with `message`; where the config was read, and so meant something to its writer, warn."""
         if not self.was_read:
             raise ConfigError(f"{type(self).__name__}.{message}")
-        warn(PatternWarning, f"{type(self).__name__}.{message}", stacklevel=6)
+        warn(PatternOrderWarning, f"{type(self).__name__}.{message}", stacklevel=6)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""

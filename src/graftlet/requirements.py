@@ -26,10 +26,7 @@ class Requirement:
     @property
     def found(self) -> str | None:
         """The version that is installed; None where none is."""
-        try:
-            return importlib.metadata.version(self.package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
+        return version_of(self.package)
 
     @property
     def met(self) -> bool:
@@ -53,6 +50,19 @@ REQUIREMENTS: dict[str, Requirement] = {
     "compressed": Requirement("a base quantised by compressed-tensors", "compressed-tensors", ">=0.15,<1"),
 }
 """By the name of the file in `weights/` that is for it."""
+
+
+def version_of(package: str) -> str | None:
+    """The version of a package that is installed; None where none is."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def at_least(found: str | None, version: str) -> bool:
+    """Whether a version, where there is one, is this one or later."""
+    return found is not None and _numbers(found) >= _numbers(version)
 
 
 def _holds(found: str, clause: str) -> bool:

@@ -50,7 +50,7 @@ def test_another_base_of_the_same_shapes_is_told(tmp_path: Path, monkeypatch: py
         model.load_adapter(tmp_path, "other", verify_base=True)
     assert same(before, model)
     assert list(model.peft_config) == ["default"]
-    with pytest.warns(BaseMismatchWarning, match="'LlamaForCausalLM'.*differ.*base-mismatch"):
+    with pytest.warns(BaseMismatchWarning, match="'LlamaForCausalLM'.*differ.*base-differs"):
         model.load_adapter(tmp_path, "other")
 
 

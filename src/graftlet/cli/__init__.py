@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..errors import CallError, GraftletError, TrainingInterrupted
+from ..errors import CallError, GraftletError, GraftletWarning, TrainingInterrupted
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -27,7 +27,7 @@ def main() -> None:
     sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
         app()
-    except GraftletError as error:
+    except (GraftletError, GraftletWarning) as error:  # a warning where GRAFTLET_STRICT is set
         if debug:
             raise
         _complain(str(error))
@@ -83,7 +83,9 @@ def train(
     checked = load_recipe(recipe, overrides or [])
     _quiet()
     from ..train.run import train as carry_out
+    from . import _knowledge
 
+    _knowledge.tell(checked)
     carry_out(checked)
 
 
@@ -256,3 +258,34 @@ def survey(
     from . import _survey
 
     _survey.survey(path, out, format, overwrite, json)
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE.toml", help="Also say what a run should know.")
+    ] = None,
+    feature: Annotated[
+        str | None, typer.Option(help="A feature, an environment or a public name, such as BitsAndBytesConfig.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+) -> None:
+    """Say what works on this machine, what does not, why, and what mends it.
+
+    The exit status is 1 where the feature asked for does not work, or, without --feature, where something installed is broken.
+    """
+    from . import _knowledge
+
+    _knowledge.doctor(recipe, feature, json)
+
+
+@app.command()
+def explain(
+    code: Annotated[
+        str | None, typer.Argument(metavar="CODE", help="Of an error, warning, heuristic or environment.")
+    ] = None,
+) -> None:
+    """Show the page of a code; without one, list them all."""
+    from . import _knowledge
+
+    _knowledge.explain(code)

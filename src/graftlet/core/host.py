@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from ..errors import AdapterNameError, MergeError, MergeWarning, listing, nearest, warn
+from ..errors import AdapterNameError, MergeError, UnmergedWarning, listing, nearest, warn
 from ..weights.site import Weighted
 from .context import BASE, Call, Home, current
 from .tensors import Box, Common
@@ -86,7 +86,7 @@ class AdapterHost(Weighted):
         own: dict[str, Any] = self.__dict__  # past torch's own way to attributes, which is slow
         if own["merged_adapters"] and names != self._active:
             warn(
-                MergeWarning,
+                UnmergedWarning,
                 f"adapters {listing(self.merged_adapters)} were merged; unmerged to activate {listing(names)}.",
             )
             self.unmerge()

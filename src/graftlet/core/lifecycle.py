@@ -124,10 +124,10 @@ def merge(
             if host.to_merge(adapter_names):
                 host.part(shared)
                 host.merge(safe_merge, adapter_names)
+        _tell_rounding(model, [host for host, names in before if host.merged_adapters != names])
     except BaseException:
         _take_back(before)
         raise
-    _tell_rounding(model, [host for host, names in before if host.merged_adapters != names])
 
 
 def _tell_rounding(model: nn.Module, changed: list[AdapterHost]) -> None:

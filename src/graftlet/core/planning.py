@@ -13,7 +13,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..errors import (
     ConfigError,
-    HeadWarning,
+    HeadMissingWarning,
     NoMatchingPeftModuleError,
     PatternWarning,
     UnsupportedLayerError,
@@ -248,7 +248,7 @@ def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
         )
     if heads and all(head in idle for head in heads if head in wanted):
         warn(
-            HeadWarning,
+            HeadMissingWarning,
             f"task_type={str(config.task_type)!r} trains the head along, but the model has no {' or '.join(heads)}; name "
             "its head in modules_to_save.",
             stacklevel=7,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..errors import TieWarning, listing, warn
+from ..errors import TieIdleWarning, TieWarning, listing, warn
 from ..weights.site import Embedding, site_of
 from .target import Place, walk
 from .tensors import Common
@@ -75,7 +75,7 @@ def check(model: nn.Module, adapted: Iterable[Place], together: bool) -> None:
     hit = [p for p in wanted.values() if id(p.bare._parameters.get("weight")) in groups]
     if together and not hit:
         why = "no adapted layer is one of those that share a weight" if groups else "no layers of the model share one"
-        warn(TieWarning, f"ensure_weight_tying=True, but {why}; it has no effect.", stacklevel=6)
+        warn(TieIdleWarning, f"ensure_weight_tying=True, but {why}; it has no effect.", stacklevel=6)
     if not together and hit:
         paths = sorted({path for p in hit for path in groups[id(p.bare._parameters["weight"])]})
         warn(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..errors import ConfigError, TieWarning, warn
+from ..errors import ConfigError, PartedWarning, warn
 from ..registry import lookup
 from . import combine as combining
 from . import fingerprint, lifecycle, replication, ties
@@ -381,7 +381,7 @@ def _untie(model: nn.Module) -> None:
     if config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
         warn(
-            TieWarning,
+            PartedWarning,
             "the adapter changed one of two tied weights; they are separate now (tie_word_embeddings=False).",
             4,
         )

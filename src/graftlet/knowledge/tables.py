@@ -72,6 +72,17 @@ def methods_markdown() -> str:
     return "\n".join(lines)
 
 
+def family_markdown(family: str) -> str:
+    """A family's methods as a list, each with its formula."""
+    lines = []
+    for r in (r for r in rows() if r.family == family):
+        title = f"[{r.title}](https://arxiv.org/abs/{r.paper})" if r.paper else r.title
+        formula = f" `{r.formula}`." if r.formula else ""
+        merges = "merges" if r.merges else "does not merge"
+        lines.append(f"- **{r.name}** (`{r.config}`): {title}.{formula} On {r.layers}; {merges}; several {r.several}.")
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     """A document with what stands between `<!-- methods -->` and `<!-- /methods -->` made anew."""
     return re.sub(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config import PeftConfig, TaskType
-from ..errors import AdapterFileError, ConfigError, DependencyError, listing
+from ..errors import AdapterFileError, AutoClassError, ConfigError, DependencyError, listing
 from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -27,7 +27,7 @@ class AutoPeftModel:
     """The transformers class that loads the base; None takes the one that the adapter's config records."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise OSError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter).")
+        raise AutoClassError(f"{type(self).__name__} is made by {type(self).__name__}.from_pretrained(adapter).")
 
     @classmethod
     def from_pretrained(

@@ -18,7 +18,7 @@ from ..core.layer import AdaptedLayer
 from ..core.state import Slot
 from ..core.target import vocabulary
 from ..core.tuner import BaseTuner
-from ..errors import BaseMismatchWarning, EmbeddingWarning, warn
+from ..errors import EmbeddingMissingWarning, EmbeddingWarning, VocabularyWarning, warn
 
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
@@ -29,7 +29,8 @@ def to_save(model: nn.Module, config: PeftConfig | None, choice: bool | Literal[
         return {}
     found = embedding_weights(model)
     if choice is True and not found:
-        warn(EmbeddingWarning, "save_embedding_layers=True, but the model has no embedding layers that it names.", 5)
+        why = "save_embedding_layers=True, but the model has no embedding layers that it names."
+        warn(EmbeddingMissingWarning, why, 5)
     if choice is not True and found and resized(model, config):
         warn(EmbeddingWarning, "the vocabulary was resized; the embedding layers are saved with the adapter.", 5)
         choice = True
@@ -99,7 +100,7 @@ def check_vocabulary(model: nn.Module, recorded: str | None, given: Mapping[str,
     if any(recorded == str(size) for tensor in given.values() for size in tensor.shape):
         return
     warn(
-        BaseMismatchWarning,
+        VocabularyWarning,
         f"{origin} was trained on a vocabulary of {recorded} tokens, the model has {own}. Where tokens were added, "
         f"call model.resize_token_embeddings({recorded}) and give them the embeddings that they had.",
         stacklevel=4,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import fingerprint
 from ..core.fingerprint import Fingerprint
-from ..errors import BaseMismatchError, BaseMismatchWarning, warn
+from ..errors import BaseMismatchError, BaseMismatchWarning, strict, warn
 from .parts import transformers_config
 
 
@@ -20,11 +19,6 @@ def base_name(model: nn.Module) -> str | None:
     """Where a transformers model came from."""
     name = getattr(model, "name_or_path", None) or transformers_config(model).get("_name_or_path")
     return str(name) if name else None
-
-
-def strict_by_choice() -> bool:
-    """Whether the environment asks for errors where there would be warnings of files that do not belong together."""
-    return os.environ.get("GRAFTLET_STRICT", "") not in ("", "0")
 
 
 def check_base(
@@ -42,7 +36,7 @@ def check_base(
         return
     why = apart or ("its file does not record its base" if unknown else "where they differ, its effect does too")
     message = f"{origin} was trained on {theirs or 'an unnamed base'!r} and is put on {ours or type(model).__name__!r}; {why}."
-    if unknown or (apart and (verify or strict_by_choice())):
+    if unknown or (apart and (verify or strict())):
         raise BaseMismatchError(message)
     warn(BaseMismatchWarning, message, stacklevel=4)
 

@@ -20,7 +20,7 @@ from ..core.layer import AdaptedLayer
 from ..core.lifecycle import disabled
 from ..core.prompt import CACHES
 from ..core.tuner import BaseTuner
-from ..errors import CallError, CallWarning, warn
+from ..errors import CallError, ReachWarning, warn
 from .generation import stand_in
 from .parts import carry_context
 
@@ -118,7 +118,7 @@ def _find(tuner: BaseTuner, readers: list[str], args: tuple, kwargs: dict[str, A
         reach = layer.methods[name].reach(layer.configs[name], ids, given)
         if reach is None:
             warn(
-                CallWarning, f"adapter {name!r} goes by input_ids; a call without them runs as the base.", stacklevel=6
+                ReachWarning, f"adapter {name!r} goes by input_ids; a call without them runs as the base.", stacklevel=6
             )
             reach = torch.zeros(rows, dtype=torch.int64)
         if len(reach) != rows:

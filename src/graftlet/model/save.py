@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import pair
+from .. import errors, pair
 from ..config import PeftConfig
 from ..core import state
 from ..core.host import check_known
@@ -25,7 +25,6 @@ from ..core.lifecycle import adapters_of, relink
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import TensorFile, dropped_on_error, find_file, read_pickle, settle, write_beside, write_tensors
 from . import embeddings, fused, prompting
-from .origin import strict_by_choice
 from .parts import configs_of, root_of
 
 SAFETENSORS_WEIGHTS_NAME = pair.WEIGHTS
@@ -265,7 +264,7 @@ def opened(
     if config is None and path.is_file():
         if not pair.belongs(path, held.metadata):  # a save may have come between reading the one and the other
             given, held = PeftConfig.from_pretrained(source, **hub), stored(source, **arguments)
-        pair.check_pair(path, held.metadata, strict_by_choice())
+        pair.check_pair(path, held.metadata, errors.strict())
     pair.check_sums(held.path.parent, checks.manifest)
     return given, held
 

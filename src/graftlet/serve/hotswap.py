@@ -21,7 +21,7 @@ from ..core.layer import AdaptedLayer
 from ..core.method import Method, View
 from ..core.tensors import as_held, attribute
 from ..core.traffic import Traffic
-from ..errors import AdapterFileError, CallError, CallWarning, ConfigError, MergeError, warn
+from ..errors import AdapterFileError, CallError, ConfigError, MergeError, RecompileWarning, warn
 from ..model.parts import configs_of, root_of
 from ..model.save import Checks, opened
 from ..registry import lookup
@@ -252,7 +252,9 @@ def prepare_model_for_compiled_hotswap(
     if _compiled(model) and check_compiled == "error":
         raise CallError("the model is compiled already; call prepare_model_for_compiled_hotswap before torch.compile.")
     if _compiled(model) and check_compiled == "warn":
-        warn(CallWarning, "the model is compiled already, and will be compiled again once its scalings are tensors.")
+        warn(
+            RecompileWarning, "the model is compiled already, and will be compiled again once its scalings are tensors."
+        )
     model = root_of(model)
     held = [(h, n) for _, h in hosts(model) if isinstance(h, AdaptedLayer) for n in h.adapters]
     if not held:

@@ -34,11 +34,11 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number type of a name; `auto` is bfloat16 on a device that computes in it, else float32."""
     if name == "auto":
-        return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
     return getattr(torch, name)
 
 
-def _computes_in_bfloat16(device: torch.device) -> bool:
+def computes_in_bfloat16(device: torch.device) -> bool:
     """A processor without the instructions can do it too, but takes ten times as long as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workflows: what users do, each a page of the docs that stands as a file."""
+
+from __future__ import annotations
+
+from .page import Workflow
+
+PAGES = (
+    Workflow(
+        name="fine-tune",
+        title="Fine-tune",
+        source="workflows/fine-tune.md",
+        links=("cpu", "cuda-training", "Delta", "model", "train"),
+    ),
+    Workflow(
+        name="qlora",
+        title="Fine-tune a quantised base",
+        source="guides/quantised.md",
+        links=("quantised-training", "weights"),
+    ),
+    Workflow(
+        name="serve",
+        title="Serve many adapters",
+        source="guides/many-adapters.md",
+        links=("serving", "serving-code", "core"),
+    ),
+    Workflow(name="merge", title="Merge", source="workflows/merge.md", links=("serving", "core")),
+    Workflow(
+        name="hotswap", title="Swap adapters in place", source="workflows/hotswap.md", links=("serving", "serving-code")
+    ),
+    Workflow(
+        name="lora-options", title="LoRA's options", source="guides/lora.md", links=("Delta", "fine-tune", "methods")
+    ),
+    Workflow(
+        name="speed",
+        title="Speed and memory",
+        source="guides/speed.md",
+        links=("cuda-training", "kernels", "kernels-off"),
+    ),
+    Workflow(
+        name="new-method",
+        title="A method of your own",
+        source="guides/new-method.md",
+        links=("Delta", "OutputMap", "testing"),
+    ),
+)
