@@ -155,6 +155,12 @@ def collect(model: Any, name: str) -> dict[str, Tensor]:
     return {**model.prompt_encoder[name].saved(), **state.collect(model, name)}
 
 
+def tensors(model: Any, name: str) -> list[Tensor]:
+    """All that an adapter's prompt is made of."""
+    encoder = model.prompt_encoder[name]
+    return [*encoder.parameters(), *encoder.buffers()]
+
+
 def misfit(model: Any, name: str, given: Mapping[str, Tensor]) -> state.Fit:
     """How a file's tensors fit an adapter."""
     own = {key: state.Slot(tensor) for key, tensor in model.prompt_encoder[name].saved().items()}

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each of several processes does in a test: train adapters by an engine, save them, load them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import graftlet
+from graftlet.files import read_tensors
+
+STEPS, ROWS, TOKENS = 3, 8, 6
+
+METHODS: dict[str, Callable[[], graftlet.PeftConfig]] = {
+    "lora": lambda: graftlet.LoraConfig(target_modules=["q_proj", "down_proj"], r=3),
+    "dora": lambda: graftlet.LoraConfig(target_modules=["q_proj", "down_proj"], r=3, use_dora=True),
+    "embedding": lambda: graftlet.LoraConfig(target_modules=["embed_tokens", "v_proj"], r=3, bias="all"),
+    "saved": lambda: graftlet.LoraConfig(target_modules=["q_proj"], r=3, modules_to_save=["lm_head", "norm"]),
+    "tokens": lambda: graftlet.LoraConfig(target_modules=["q_proj"], r=3, trainable_token_indices=[1, 3]),
+    "oft": lambda: graftlet.OFTConfig(target_modules=["q_proj", "down_proj"], oft_block_size=4),
+    "ia3": lambda: graftlet.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "shira": lambda: graftlet.ShiraConfig(target_modules=["q_proj"], r=3),
+    "vera": lambda: graftlet.VeraConfig(target_modules=["q_proj", "v_proj"], r=4),
+    "vblora": lambda: graftlet.VBLoRAConfig(
+        target_modules=["q_proj"], num_vectors=6, vector_length=4, save_only_topk_weights=True
+    ),
+    "trainable_tokens": lambda: graftlet.TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"]),
+    "prompt": lambda: graftlet.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": lambda: graftlet.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8
+    ),
+}  # fmt: skip
+
+
+NETWORKS = ("prefix",)
+"""Those whose file does not hold all that they train."""
+
+
+def base(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attention_bias": True,
+        "attn_implementation": "eager", "tie_word_embeddings": False,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+
+def adapted(name: str, **changes: Any) -> Any:
+    """The base with an adapter that does something: its tensors are moved a little, alike in all processes."""
+    made = graftlet.get_peft_model(base(**changes), METHODS[name]())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return made
+
+
+def batch(step: int) -> torch.Tensor:
+    """The rows of a step, of which every process takes its part."""
+    torch.manual_seed(100 + step)
+    return torch.randint(3, 12, (ROWS, TOKENS))
+
+
+def part(step: int) -> torch.Tensor:
+    if not dist.is_initialized():
+        return batch(step)
+    return batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, number: int) -> float:
+    ids = part(number)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def fit(model: Any, steps: range = range(STEPS), optimizer: torch.optim.Optimizer | None = None) -> Any:
+    optimizer = optimizer or optimizer_of(model)
+    for number in steps:
+        step(model, optimizer, number)
+    return model
+
+
+def sharded(model: Any, **options: Any) -> Any:
+    """A model as FSDP2 has it: each block's parameters in parts, and the rest's."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def apart(one: Path, other: Path) -> float:
+    """How far the tensors of two adapters are apart; they have the same keys and shapes."""
+    a, b = (read_tensors(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    assert all(a[k].shape == b[k].shape and a[k].numel() for k in a)
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def alone(folder: str, names: str) -> None:
+    """Train each method's adapter in one process."""
+    for name in names.split(","):
+        adapted(name).save_pretrained(Path(folder, f"{name}-start"))
+        fit(adapted(name)).save_pretrained(Path(folder, name))
+
+
+def fsdp2(folder: str, names: str) -> None:
+    for name in names.split(","):
+        model = fit(sharded(adapted(name)))
+        model.save_pretrained(Path(folder, f"{name}-fsdp2"))
+        dist.barrier()
+        if name in NETWORKS:
+            continue
+        # what is in parts is filled from a file, and is then what was trained
+        again = sharded(adapted(name))
+        tensors = graftlet.load_peft_weights(Path(folder, f"{name}-fsdp2"))
+        result = graftlet.set_peft_model_state_dict(again, tensors)
+        assert not result.unexpected_keys, result
+        ids = batch(9)
+        assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6), name
+
+
+def ddp(folder: str, names: str) -> None:
+    for name in names.split(","):
+        model = adapted(name)
+        fit(nn.parallel.DistributedDataParallel(model))
+        model.save_pretrained(Path(folder, f"{name}-ddp"), is_main_process=dist.get_rank() == 0)
+
+
+JOBS: dict[str, Callable[..., None]] = {"fsdp2": fsdp2, "ddp": ddp}
+
+
+def main(job: str, *arguments: str) -> None:
+    """Run jobs, `a+b` one after the other, among the processes that the environment names."""
+    warnings.simplefilter("error", graftlet.errors.GraftletWarning)
+    torch.set_num_threads(1)
+    with processes():
+        for name in job.split("+"):
+            JOBS[name](*arguments)
