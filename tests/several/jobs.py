@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import graftlet
 from graftlet.files import read_tensors
+from graftlet.train.recipe import Recipe, check
+from graftlet.train.run import train
+
+from ..train import tiny
 
 STEPS, ROWS, TOKENS = 3, 8, 6
 
@@ -159,7 +167,54 @@ def ddp(folder: str, names: str) -> None:
         model.save_pretrained(Path(folder, f"{name}-ddp"), is_main_process=dist.get_rank() == 0)
 
 
-JOBS: dict[str, Callable[..., None]] = {"fsdp2": fsdp2, "ddp": ddp}
+class PowerCut(TrainerCallback):
+    """The end of all processes after a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def recipe(folder: str, batch_size: int, output: str, **changes: Any) -> Recipe:
+    """Four steps on tiny data, a checkpoint after every second one."""
+    training = {
+        "batch_size": batch_size, "learning_rate": 1.0, "max_steps": 4, "save_every": 2, "optimizer": "sgd",
+    }  # fmt: skip
+    places = Path(folder, "base"), Path(folder, "sums.jsonl"), Path(folder, output)
+    return check(tiny.recipe(*places, **{"training": training, "evaluation": {"samples": 1}, **changes}))
+
+
+def cut_and_resumed(folder: str, output: str) -> None:
+    """Train a recipe on all processes; then again, with a power cut after the third step."""
+    size = 4 // dist.get_world_size()
+    train(recipe(folder, size, output), console=Console(quiet=True))
+    with suppress(InterruptedError):
+        train(recipe(folder, size, f"{output}-cut"), (PowerCut(),), Console(quiet=True))
+    train(recipe(folder, size, f"{output}-cut", resume=True), console=Console(quiet=True))
+
+
+def recipe_ddp(folder: str) -> None:
+    cut_and_resumed(folder, "ddp")
+
+
+def recipe_fsdp2(folder: str) -> None:
+    """accelerate has FSDP on accelerators alone: it is told that this is one, whose tensors are on the CPU."""
+    PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_XPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(FSDP)
+    cut_and_resumed(folder, "fsdp2")
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+"""What `accelerate launch --use_fsdp --fsdp_version 2` tells the processes that it starts."""
+
+JOBS: dict[str, Callable[..., None]] = {
+    "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
+}  # fmt: skip
 
 
 def main(job: str, *arguments: str) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import PeftConfig
+from ..core.whole import is_writer
 from ..methods.init import Start, initialiser
 from ..methods.lora import LoraConfig
 from ..model.mapping import get_peft_model
@@ -52,7 +53,7 @@ def adapted(base: Any, config: PeftConfig, batches: Batches, output: Path, conso
         if start is not None and start.after is not None:
             start.after(model, model.active_adapter, batches, shown)
     if start is not None and start.rebases:
-        model.save_pretrained(output / INITIAL)
+        model.save_pretrained(output / INITIAL, is_main_process=is_writer())
     return model
 
 
