@@ -68,12 +68,17 @@ def base(**changes: Any) -> LlamaForCausalLM:
 def adapted(name: str, **changes: Any) -> Any:
     """The base with an adapter that does something: its tensors are moved a little, alike in all processes."""
     made = graftlet.get_peft_model(base(**changes), METHODS[name]())
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    moved(made)
     return made
+
+
+@torch.no_grad()
+def moved(model: nn.Module) -> None:
+    """Let what learns be something else than at its start, the same in all processes."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -139,6 +144,7 @@ def processes() -> Iterator[None]:
 
 def alone(folder: str, names: str) -> None:
     """Train each method's adapter in one process."""
+    base().save_pretrained(Path(folder, "base"))
     for name in names.split(","):
         adapted(name).save_pretrained(Path(folder, f"{name}-start"))
         fit(adapted(name)).save_pretrained(Path(folder, name))
@@ -165,6 +171,32 @@ def ddp(folder: str, names: str) -> None:
         model = adapted(name)
         fit(nn.parallel.DistributedDataParallel(model))
         model.save_pretrained(Path(folder, f"{name}-ddp"), is_main_process=dist.get_rank() == 0)
+
+
+def parallel(name: str, folder: str) -> Any:
+    """An adapter on a base whose layers are shared out by its own plan."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, attn_implementation="eager")
+    made = graftlet.get_peft_model(model, METHODS[name]())
+    moved(made)
+    return made
+
+
+def tp(folder: str, names: str) -> None:
+    """Every process sees all rows; each layer's work is shared out."""
+    for name in names.split(","):
+        base()  # as many random numbers drawn as for one process
+        if dist.get_rank():
+            torch.manual_seed(7)  # an adapter starts as the first process's
+        model = parallel(name, str(Path(folder, "base")))
+        optimizer = optimizer_of(model)
+        for number in range(STEPS):
+            model(input_ids=batch(number), labels=batch(number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(Path(folder, f"{name}-tp"), is_main_process=dist.get_rank() == 0)
 
 
 class PowerCut(TrainerCallback):
@@ -213,7 +245,7 @@ FSDP = {
 """What `accelerate launch --use_fsdp --fsdp_version 2` tells the processes that it starts."""
 
 JOBS: dict[str, Callable[..., None]] = {
-    "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
+    "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
 }  # fmt: skip
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..weights.site import Parameter, site_of
+from ..weights.whole import in_parts, shape_of, whole
 from .host import AdapterHost
 from .target import vocabulary, walk
-from .whole import in_parts, shape_of, whole
 
 KEY = "base_fingerprint"
 """In a file's metadata."""

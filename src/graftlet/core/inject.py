@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .. import limits
 from ..config import Names, PeftConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedLayerError
 from ..registry import Entry
 from ..weights.site import Parameter, Site
+from ..weights.whole import in_parts, made_alike
 from .around import Block
 from .block import BlockHost, host_for, started
 from .host import AdapterHost, Shell, commons, home_of
@@ -261,6 +262,7 @@ def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> No
     if run and site.device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
+        made_alike(branch.tensors.values(), site.weight)
         if branch.rebased is not None:
             site.check_writable()  # now, when nothing is changed yet
 
@@ -288,7 +290,15 @@ def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:
 
 
 def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Module:
-    """A trainable copy of a module; `tensors` are the copies made so far, which tied modules share."""
+    """A trainable copy of a module; `tensors` are the copies made so far, which tied modules share.
+
+    Raises `UnsupportedLayerError` where an engine keeps the module in parts, and has changed how it is called.
+    """
+    if any(map(in_parts, module.parameters())):
+        raise UnsupportedLayerError(
+            f"a {type(module).__name__} that is kept in parts, one a process, cannot be copied to be trained whole; put "
+            "the adapter on before an engine shards the model, or leave the module out of modules_to_save."
+        )
     for tensor in [*module.parameters(), *module.buffers()]:
         if id(tensor) not in tensors:
             tensors[id(tensor)] = _on_meta(tensor) if meta else copy.deepcopy(tensor)

@@ -25,9 +25,9 @@ from ..core.prompt import ROWS
 from ..core.target import vocabulary
 from ..core.traffic import calling, changes
 from ..core.tuner import BaseTuner, Before
-from ..core.whole import in_parts, is_writer
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
 from ..files import check_apart
+from ..weights.whole import in_parts, is_writer
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload

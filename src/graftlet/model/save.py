@@ -22,9 +22,9 @@ from ..config import PeftConfig
 from ..core import state
 from ..core.host import check_known, standing
 from ..core.lifecycle import adapters_of, relink
-from ..core.whole import made_whole
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import TensorFile, dropped_on_error, find_file, read_pickle, settle, write_beside, write_tensors
+from ..weights.whole import made_whole
 from . import embeddings, fused, prompting
 from .origin import strict_by_choice
 from .parts import configs_of, root_of

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from transformers.utils.generic import can_return_loss, find_labels
 
 from ..core.method import Allocator
-from ..core.whole import in_parts, made_whole
 from ..files import find_file
 from ..model.parts import root_of
 from ..model.peft_model import PeftModel
 from ..model.save import save_tensors, set_peft_model_state_dict
+from ..weights.whole import in_parts, made_whole
 
 WEIGHTS = "adapter_model.safetensors"
 UNFINISHED = "unfinished.safetensors"

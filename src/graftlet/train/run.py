@@ -18,11 +18,11 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, set_seed
 
 from .. import __version__
-from ..core.whole import is_writer
 from ..errors import ConfigError, MergeError, TrainingInterrupted
 from ..files import write_atomically
 from ..model.auto import AutoPeftModelForCausalLM
 from ..model.peft_model import PeftModel
+from ..weights.whole import is_writer
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
 from .callbacks import Allocation, RichProgress, StopOnSignal, clock

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from ..core.whole import is_writer
 from ..errors import GraftletError
+from ..weights.whole import is_writer
 
 T = TypeVar("T")
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import Tensor
 
 from ..config import PeftConfig
-from ..core.whole import is_writer
 from ..methods.init import Start, initialiser
 from ..methods.lora import LoraConfig
 from ..model.mapping import get_peft_model
+from ..weights.whole import is_writer
 from .batches import Collator, Rows
 from .callbacks import measuring
 

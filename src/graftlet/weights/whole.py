@@ -9,7 +9,7 @@ Making one whole is a matter of all processes: each has to ask for the same tens
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,19 @@ def put(held: Tensor, value: Tensor) -> None:
         sharded.to_local().copy_(distribute_tensor(place, mesh, placements, src_data_rank=None).to_local())
     else:
         held.copy_(value)
+
+
+@torch.no_grad()
+def made_alike(tensors: Iterable[Tensor], like: Tensor) -> None:
+    """Give tensors that each process made the values that they have in the first one of those that share `like` out."""
+    if not _sharded(like):
+        return
+    mesh: Any = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    for tensor in tensors:
+        if not tensor.is_meta:
+            for axis in range(mesh.ndim):
+                group = mesh.get_group(axis)
+                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 def is_writer() -> bool:
