@@ -12,6 +12,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -19,10 +20,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import graftlet
 from graftlet.files import read_tensors
+from graftlet.integrations import sent, shard
 from graftlet.train.recipe import Recipe, check
 from graftlet.train.run import train
 
@@ -113,15 +116,6 @@ def fit(model: Any, steps: range = range(STEPS), optimizer: torch.optim.Optimize
     return model
 
 
-def sharded(model: Any, **options: Any) -> Any:
-    """A model as FSDP2 has it: each block's parameters in parts, and the rest's."""
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer, **options)
-    return fully_shard(model, **options)
-
-
 def apart(one: Path, other: Path) -> float:
     """How far the tensors of two adapters are apart; they have the same keys and shapes."""
     a, b = (read_tensors(folder / "adapter_model.safetensors") for folder in (one, other))
@@ -152,13 +146,13 @@ def alone(folder: str, names: str) -> None:
 
 def fsdp2(folder: str, names: str) -> None:
     for name in names.split(","):
-        model = fit(sharded(adapted(name)))
+        model = fit(shard(adapted(name)))
         model.save_pretrained(Path(folder, f"{name}-fsdp2"))
         dist.barrier()
         if name in NETWORKS:
             continue
         # what is in parts is filled from a file, and is then what was trained
-        again = sharded(adapted(name))
+        again = shard(adapted(name))
         tensors = graftlet.load_peft_weights(Path(folder, f"{name}-fsdp2"))
         result = graftlet.set_peft_model_state_dict(again, tensors)
         assert not result.unexpected_keys, result
@@ -166,10 +160,21 @@ def fsdp2(folder: str, names: str) -> None:
         assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6), name
 
 
+def counted(sizes: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with gradients, their sizes noted."""
+    sizes.append(bucket.buffer().nbytes)
+    return allreduce_hook(None, bucket)  # pyright: ignore[reportArgumentType]
+
+
 def ddp(folder: str, names: str) -> None:
     for name in names.split(","):
-        model = adapted(name)
-        fit(nn.parallel.DistributedDataParallel(model))
+        model, buckets = adapted(name), list[int]()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(buckets, lambda sizes, bucket: counted(sizes, bucket))  # DDP reads annotations
+        fit(wrapped)
+        # a ring sends each bucket 2 (n - 1) / n times: the gradients of the adapter, and nothing else
+        ring = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
+        assert sum(buckets) / STEPS * ring == sent(wrapped, dist.get_world_size()), name
         model.save_pretrained(Path(folder, f"{name}-ddp"), is_main_process=dist.get_rank() == 0)
 
 
@@ -187,6 +192,10 @@ def parallel(name: str, folder: str) -> Any:
 def tp(folder: str, names: str) -> None:
     """Every process sees all rows; each layer's work is shared out."""
     for name in names.split(","):
+        if name in UNSHARED:
+            with pytest.raises(UNSHARED[name]):
+                parallel(name, str(Path(folder, "base")))
+            continue
         base()  # as many random numbers drawn as for one process
         if dist.get_rank():
             torch.manual_seed(7)  # an adapter starts as the first process's
@@ -197,6 +206,10 @@ def tp(folder: str, names: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
         model.save_pretrained(Path(folder, f"{name}-tp"), is_main_process=dist.get_rank() == 0)
+
+
+UNSHARED = {"saved": graftlet.errors.UnsupportedLayerError, "prefix": graftlet.errors.ConfigError}
+"""A head that is shared out cannot be copied; each process has keys and values of its own heads alone."""
 
 
 class PowerCut(TrainerCallback):
@@ -212,7 +225,7 @@ def recipe(folder: str, batch_size: int, output: str, **changes: Any) -> Recipe:
     training = {
         "batch_size": batch_size, "learning_rate": 1.0, "max_steps": 4, "save_every": 2, "optimizer": "sgd",
     }  # fmt: skip
-    places = Path(folder, "base"), Path(folder, "sums.jsonl"), Path(folder, output)
+    places = Path(folder, "chat"), Path(folder, "sums.jsonl"), Path(folder, output)
     return check(tiny.recipe(*places, **{"training": training, "evaluation": {"samples": 1}, **changes}))
 
 
@@ -225,11 +238,11 @@ def cut_and_resumed(folder: str, output: str) -> None:
     train(recipe(folder, size, f"{output}-cut", resume=True), console=Console(quiet=True))
 
 
-def recipe_ddp(folder: str) -> None:
+def recipe_ddp(folder: str, names: str) -> None:
     cut_and_resumed(folder, "ddp")
 
 
-def recipe_fsdp2(folder: str) -> None:
+def recipe_fsdp2(folder: str, names: str) -> None:
     """accelerate has FSDP on accelerators alone: it is told that this is one, whose tensors are on the CPU."""
     PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_XPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))

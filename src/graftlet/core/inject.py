@@ -88,7 +88,15 @@ class Plan:
                 item.copy = _copied(item.place.bare, meta, memo if self.config.ensure_weight_tying else {})
         if (block := next((i.block for i in self.items if i.block is not None), None)) is not None:
             self.networks = block.networks(self.config, self.model)
+        made_alike(self._tensors(), self.model)
         return self
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """All that was made, always in the same order."""
+        for item in self.items:
+            yield from item.tensors[1].values() if item.branch is None else item.branch.tensors.values()
+        yield from (tensor for _, tensor in self.commons.values())
+        yield from (p for network in self.networks.values() for p in network.parameters())
 
     def _check_size(self) -> None:
         """Raise `ConfigError` where a saved adapter's config asks for absurdly more numbers than its base has."""
@@ -262,7 +270,6 @@ def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> No
     if run and site.device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
-        made_alike(branch.tensors.values(), site.weight)
         if branch.rebased is not None:
             site.check_writable()  # now, when nothing is changed yet
 

@@ -57,16 +57,15 @@ def put(held: Tensor, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def made_alike(tensors: Iterable[Tensor], like: Tensor) -> None:
-    """Give tensors that each process made the values that they have in the first one of those that share `like` out."""
-    if not _sharded(like):
+def made_alike(tensors: Iterable[Tensor], model: nn.Module) -> None:
+    """Give tensors that each process made the values that they have in the first of those that share a model out."""
+    sharded: Any = next(filter(_sharded, model.parameters()), None)
+    if sharded is None:
         return
-    mesh: Any = like.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    groups = [sharded.device_mesh.get_group(axis) for axis in range(sharded.device_mesh.ndim)]
     for tensor in tensors:
-        if not tensor.is_meta:
-            for axis in range(mesh.ndim):
-                group = mesh.get_group(axis)
-                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
+        for group in groups if not tensor.is_meta else ():
+            torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
 
 
 def is_writer() -> bool:
