@@ -38,7 +38,8 @@ def _complain(message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, highlight=False).print(Text(f"error: {message}", style="red"), soft_wrap=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one talks
+        Console(stderr=True, highlight=False).print(Text(f"error: {message}", style="red"), soft_wrap=True)
 
 
 def _quiet() -> None:

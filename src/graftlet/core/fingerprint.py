@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterFileError
 from ..weights.site import Parameter, site_of
+from ..weights.whole import in_parts, shape_of, whole
 from .host import AdapterHost
 from .target import vocabulary, walk
 
@@ -78,7 +79,7 @@ def taken(model: nn.Module) -> Fingerprint:
     for name, shape, weight in sorted(_weights(model), key=lambda found: found[0]):
         # a vocabulary may be resized; that is seen to elsewhere
         made.update(f"{name} {['*' if n == tokens else n for n in shape]}\n".encode())
-        if weight is not None and weight.dtype in _FLOATS and not weight.is_meta and weight.numel():
+        if weight is not None and weight.dtype in _FLOATS and not weight.is_meta and shape_of(weight).numel():
             weights[name] = weight
     return Fingerprint(
         made.hexdigest(), {name: _numbers(weights[name], tokens) for name in _spread(list(weights), TENSORS)}
@@ -92,9 +93,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...], Tensor | 
         for name, parameter in place.bare._parameters.items():
             if parameter is None:
                 continue
-            plain = parameter.dtype in _FLOATS and type(parameter) is nn.Parameter
+            plain = parameter.dtype in _FLOATS and (type(parameter) is nn.Parameter or in_parts(parameter))
             if plain:
-                yield f"{place.path}.{name}", tuple(parameter.shape), parameter
+                yield f"{place.path}.{name}", tuple(shape_of(parameter)), parameter
             elif site is not None and not isinstance(site, (Parameter, AdapterHost)) and name == site.name:
                 yield f"{place.path}.{name}", tuple(site.kept(torch.empty(site.shape, device="meta")).shape), None
 
@@ -106,8 +107,9 @@ def _spread(items: list[str], count: int) -> list[str]:
 
 def _numbers(weight: Tensor, tokens: int | None) -> list[float]:
     """Numbers of a weight at places that depend on its shape alone; of an embedding, of its first rows."""
+    weight = whole(weight.detach())
     if tokens is not None and weight.shape[0] == tokens:
         weight = weight[: min(tokens, 8)]
-    flat = weight.detach().reshape(-1)
+    flat = weight.reshape(-1)
     step = max(1, (flat.numel() - 1) // max(1, NUMBERS - 1))
     return [round(v, 9) for v in flat[::step][:NUMBERS].double().tolist()]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from .. import limits
 from ..config import Names, PeftConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedLayerError
 from ..registry import Entry
 from ..weights.site import Parameter, Site
+from ..weights.whole import in_parts, made_alike
 from .around import Block
 from .block import BlockHost, host_for, started
 from .host import AdapterHost, Shell, commons, home_of
@@ -87,7 +88,15 @@ class Plan:
                 item.copy = _copied(item.place.bare, meta, memo if self.config.ensure_weight_tying else {})
         if (block := next((i.block for i in self.items if i.block is not None), None)) is not None:
             self.networks = block.networks(self.config, self.model)
+        made_alike(self._tensors(), self.model)
         return self
+
+    def _tensors(self) -> Iterator[Tensor]:
+        """All that was made, always in the same order."""
+        for item in self.items:
+            yield from item.tensors[1].values() if item.branch is None else item.branch.tensors.values()
+        yield from (tensor for _, tensor in self.commons.values())
+        yield from (p for network in self.networks.values() for p in network.parameters())
 
     def _check_size(self) -> None:
         """Raise `ConfigError` where a saved adapter's config asks for absurdly more numbers than its base has."""
@@ -288,7 +297,15 @@ def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:
 
 
 def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Module:
-    """A trainable copy of a module; `tensors` are the copies made so far, which tied modules share."""
+    """A trainable copy of a module; `tensors` are the copies made so far, which tied modules share.
+
+    Raises `UnsupportedLayerError` where an engine keeps the module in parts, and has changed how it is called.
+    """
+    if any(map(in_parts, module.parameters())):
+        raise UnsupportedLayerError(
+            f"a {type(module).__name__} that is kept in parts, one a process, cannot be copied to be trained whole; put "
+            "the adapter on before an engine shards the model, or leave the module out of modules_to_save."
+        )
     for tensor in [*module.parameters(), *module.buffers()]:
         if id(tensor) not in tensors:
             tensors[id(tensor)] = _on_meta(tensor) if meta else copy.deepcopy(tensor)

@@ -19,6 +19,7 @@ from ..weights.product import Product
 from ..weights.rounding import finite, note
 from ..weights.site import Site
 from ..weights.storage import MARKS, PLAIN
+from .apart import Apart, SharedOut
 from .context import BASE, Call, current, using
 from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
@@ -56,7 +57,7 @@ class Base:
             W, b = self.layer.original()
             y = self.layer.site.op(x, W, b, *self.args, **self.kwargs)
         else:
-            y = self.layer.base_layer(x, *self.args, **self.kwargs)
+            y = self.layer.call_base(x, *self.args, **self.kwargs)
         self.dtype = y.dtype
         return y
 
@@ -129,7 +130,7 @@ def widened(W: Tensor, b: Tensor | None) -> Weights:
     return W.to(dtype), None if b is None else b.to(dtype)
 
 
-class AdaptedLayer(Together, Scales, Boxes):
+class AdaptedLayer(SharedOut, Together, Scales, Boxes):
     """A base layer with adapters on one of its weights.
 
     Tensors stand parameter-major (`self.lora_A["default"]`), settings likewise (`self.scaling["default"]`); a method
@@ -153,6 +154,7 @@ class AdaptedLayer(Together, Scales, Boxes):
         self._leaders: dict[str, list[AdaptedLayer]] = {}
         self.rebased: set[str] = set()  # adapters that took a part of the base weight out of it as they started
         self.cast_input_dtype_enabled = True
+        self.apart = Apart.of(site)
         self._shared: list[nn.Parameter] = []  # the tied weight, while a merged copy of it stands in its place
 
     def __getattr__(self, name: str) -> Any:
@@ -341,13 +343,16 @@ class AdaptedLayer(Together, Scales, Boxes):
 
     # forward
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def idle(self, call: Call | None) -> bool:
+        return not self.merged and (self.off(call) or ((call is None or call.rows is None) and not self.acting(call)))
+
+    def run(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         call = current()
         if call is not None and call.rows is not None and not self.off(call):
             return self._mixed(call, x, args, kwargs)
         names, pure = self.acting(call), self.pure(call)
         if not names and not (pure and self.merged):
-            return self.base_layer(x, *args, **kwargs)
+            return self.call_base(x, *args, **kwargs)
         return self._run(names, x, Base(self, args, kwargs, pure=pure))
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:

@@ -23,6 +23,7 @@ from ..weights.residual import Residual, residual
 from ..weights.rounding import judged, note
 from ..weights.site import Site
 from ..weights.storage import PLAIN
+from ..weights.whole import in_parts
 from .method import Method, View, Weights
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     Where anything fails, the layer has the weight that it had.
     """
     site = layer.site
-    if site.storage is not PLAIN:
+    if site.storage is not PLAIN or in_parts(site.weight):
         return _write_packed(layer, merged)
     with restored_on_error(site) as before:
         W, b = site.original(before) if layer.kept is None else layer.original()
@@ -155,7 +156,7 @@ ORDINARY = (nn.Parameter, Tensor)
 
 
 def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:
-    """Where a weight is rounded as it is written: read back, and put back as it was where that is not what was meant."""
+    """Where a weight is rounded as it is written, or in parts: read back, and put back where that is not what was meant."""
     site = layer.site
     with restored_on_error(site) as before:
         kept = Kept(whole=before) if layer.kept is None else layer.kept

@@ -19,9 +19,17 @@ from ..errors import CallError
 
 def root_of(model: nn.Module) -> nn.Module:
     """The model below the wrapper that `torch.compile` or a data-parallel engine puts around it."""
-    while COMPILED in model._modules:
-        model = cast(nn.Module, model._modules[COMPILED])
+    while (inner := COMPILED if COMPILED in model._modules else _inner(model)) is not None:
+        model = cast(nn.Module, model._modules[inner])
     return model
+
+
+ENGINES = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
+"""Classes of data-parallel engines, which keep the model that they wrap as `module`."""
+
+
+def _inner(model: nn.Module) -> str | None:
+    return "module" if any(kind.__name__ in ENGINES for kind in type(model).__mro__) else None
 
 
 def carry_context(model: nn.Module) -> None:

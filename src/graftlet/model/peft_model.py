@@ -8,7 +8,7 @@ encoders stand beside it in `prompt_encoder`, and `prompting` puts what they mak
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from ..core.traffic import calling, changes
 from ..core.tuner import BaseTuner, Before
 from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
 from ..files import check_apart
+from ..weights.whole import in_parts, is_writer
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload
@@ -263,7 +264,8 @@ class PeftModel(ManyAdapters, nn.Module):
 
         Args:
             safe_serialization: False writes `adapter_model.bin` (and removes a safetensors file it would hide behind).
-            selected_adapters: these only. is_main_process: False writes nothing.
+            selected_adapters: these only. is_main_process: False writes nothing. Where an engine keeps the adapter in parts,
+                all processes have to call this: they gather its tensors, and the first one writes.
             path_initial_model_for_weight_conversion: where the adapter was saved before its training, if it started by
                 taking a part of the base (PiSSA, OLoRA, CorDA, LoRA-GA): it is written as LoRA for the untouched base.
             manifest: write `SHA256SUMS` beside the files, which every load then compares with them.
@@ -275,7 +277,8 @@ class PeftModel(ManyAdapters, nn.Module):
         """
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         check_known(names or [self.active_adapter], list(self.peft_config))
-        if not is_main_process:
+        writes = is_main_process and (is_writer() or not any(map(in_parts, self.parameters())))
+        if not writes and kwargs.get("state_dict") is not None:
             return
         folder = Path(save_directory)
         if folder.is_file():
@@ -284,21 +287,22 @@ class PeftModel(ManyAdapters, nn.Module):
         initial = path_initial_model_for_weight_conversion
         for name in names:
             target = folder if name == "default" else folder / name
-            self._save(name, target, safe_serialization, save_embedding_layers, initial, kwargs)
-        card.write(self, folder)
-        if push_to_hub:
+            saved = self._to_save(name, save_embedding_layers, initial, kwargs.get("state_dict"))
+            if writes:
+                save.save_adapter(target, *saved, safe_serialization, bool(kwargs.get("manifest")))
+        if writes:
+            card.write(self, folder)
+        if writes and push_to_hub:
             upload(folder, **kwargs)
 
-    def _save(
+    def _to_save(
         self,
         name: str,
-        folder: Path,
-        safe: bool,
         with_embeddings: bool | Literal["auto"],
         initial: str | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        given = kwargs.get("state_dict")
+        given: Mapping[str, torch.Tensor] | None,
+    ) -> tuple[PeftConfig, dict[str, torch.Tensor], dict[str, str]]:
+        """An adapter's config, tensors and facts as they go to the file."""
         tensors = save.get_peft_model_state_dict(self, given, name, save_embedding_layers=with_embeddings)
         config = save.saved_config(self.peft_config[name])
         if initial is not None:
@@ -310,7 +314,7 @@ class PeftModel(ManyAdapters, nn.Module):
             config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
         rows = vocabulary(model)
         facts = {fingerprint.KEY: self._fingerprint.text(), **({} if rows is None else {save.VOCABULARY: str(rows)})}
-        save.save_adapter(folder, config, tensors, facts, safe, bool(kwargs.get("manifest")))
+        return config, tensors, facts
 
     @classmethod
     def from_pretrained(

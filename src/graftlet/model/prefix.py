@@ -87,6 +87,11 @@ def check_kind(base: Any) -> None:
     """Raise `ConfigError` for a model whose cache a prefix cannot go into."""
     from transformers import DynamicCache, cache_utils
 
+    if (getattr(base, "tp_size", None) or 1) > 1:
+        raise ConfigError(
+            "tensor parallelism gives each process the keys and values of its own heads, and a prefix has those of all; use "
+            "prompt tuning, or FSDP2."
+        )
     if only_states(DynamicCache(config=base.config)):
         raise ConfigError(
             f"{type(base).__name__} keeps no keys and values, which a prefix goes before; use prompt tuning."

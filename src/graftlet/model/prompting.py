@@ -23,6 +23,7 @@ from ..core.prompt import CACHES, Cache, Prompt
 from ..core.tensors import Box, renamed
 from ..errors import AdapterFileError, ConfigError
 from ..registry import lookup
+from ..weights.whole import made_alike
 from . import prefix, prompted
 from .parts import transformers_config
 
@@ -42,6 +43,7 @@ def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> 
         _check_size(config, base)
     encoder: Prompt = kind(config, words, loading)
     encoder.to(words.weight.device)
+    made_alike([*encoder.parameters(), *encoder.buffers()], base)
     if config.modules_to_save:
         plan_saved(base, config, name).build(meta=loading).apply()
     if "prompt_encoder" not in model._modules:
@@ -153,6 +155,12 @@ def rename(model: Any, old: str, new: str) -> None:
 def collect(model: Any, name: str) -> dict[str, Tensor]:
     """An adapter's tensors, by their key in the file."""
     return {**model.prompt_encoder[name].saved(), **state.collect(model, name)}
+
+
+def tensors(model: Any, name: str) -> list[Tensor]:
+    """All that an adapter's prompt is made of."""
+    encoder = model.prompt_encoder[name]
+    return [*encoder.parameters(), *encoder.buffers()]
 
 
 def misfit(model: Any, name: str, given: Mapping[str, Tensor]) -> state.Fit:

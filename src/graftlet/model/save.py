@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from .. import errors, pair
 from ..config import PeftConfig
 from ..core import state
-from ..core.host import check_known
+from ..core.host import check_known, standing
 from ..core.lifecycle import adapters_of, relink
 from ..errors import AdapterFileError, KeysWarning, warn
 from ..files import TensorFile, dropped_on_error, find_file, read_pickle, settle, write_beside, write_tensors
+from ..weights.whole import made_whole
 from . import embeddings, fused, prompting
 from .parts import configs_of, root_of
 
@@ -46,7 +47,8 @@ def get_peft_model_state_dict(
     """The tensors of one adapter, by their key in the file.
 
     Args:
-        state_dict: take the values from here, by the model's own keys (a gathered state of a sharded model).
+        state_dict: take the values from here, by the model's own keys (a gathered state of a sharded model). Without, what
+            an engine keeps in parts is gathered, of the adapter alone: all processes have to call this.
         unwrap_compiled: kept for callers of the reference; compiled models are always seen through.
         save_embedding_layers: the base's embeddings too; "auto" where they were targeted or the vocabulary was resized.
 
@@ -55,29 +57,24 @@ def get_peft_model_state_dict(
     """
     model = root_of(model)
     config = configs_of(model).get(adapter_name)
-    if config is not None and config.is_prompt_learning:
-        found = prompting.collect(model, adapter_name)
-    else:
+    if config is None or not config.is_prompt_learning:
         check_known([adapter_name], adapters_of(model))
-        found = state.collect(model, adapter_name, config)
-        found.update(embeddings.to_save(model, config, save_embedding_layers))
-    if state_dict is not None:
-        found = _values_from(model, found, state_dict)
-    return {key: tensor.detach() for key, tensor in found.items()}
+    prompt = config is not None and config.is_prompt_learning
+    beside = {} if prompt else embeddings.to_save(model, config, save_embedding_layers)
+    ids = _tensors_of(model, adapter_name, config) | {id(tensor) for tensor in beside.values()}
+    with made_whole(model, ids, state_dict) as known:
+        found = prompting.collect(model, adapter_name) if prompt else state.collect(model, adapter_name, config)
+        found.update({key: known.get(id(tensor), tensor) for key, tensor in beside.items()})
+        return {key: tensor.detach() for key, tensor in found.items()}
 
 
-def _values_from(model: nn.Module, found: dict[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The given values of the tensors that `found` names by identity."""
-    clean = {name.replace("_orig_mod.", ""): tensor for name, tensor in given.items()}
-    names = {id(t): n.replace("_orig_mod.", "") for n, t in _named_tensors(model)}
-    return {key: clean.get(names.get(id(tensor), ""), tensor) for key, tensor in found.items()}
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
+def _tensors_of(model: nn.Module, adapter: str, config: PeftConfig | None) -> set[int]:
+    """The ids of all tensors of an adapter: those that its file has, and those that they are made of."""
+    held = [slot.tensor for slot in state.slots(model, adapter, config).values()]
+    held += [p for host in standing(model)[0] for p in host.trainable(adapter).values()]
+    if config is not None and config.is_prompt_learning:
+        held += prompting.tensors(model, adapter)
+    return {id(tensor) for tensor in held}
 
 
 def set_peft_model_state_dict(
@@ -97,9 +94,22 @@ def set_peft_model_state_dict(
     """
     model = root_of(model)
     config = configs_of(model).get(adapter_name)
+    if config is None or not config.is_prompt_learning:
+        check_known([adapter_name], adapters_of(model))
+    held = {id(tensor) for key, tensor in embeddings.embedding_weights(model).items() if key in peft_model_state_dict}
+    with made_whole(model, _tensors_of(model, adapter_name, config) | held, changed=True):
+        return _set(model, config, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
+
+
+def _set(
+    model: nn.Module,
+    config: PeftConfig | None,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str,
+    ignore_mismatched_sizes: bool,
+) -> Any:
     if config is not None and config.is_prompt_learning:
         return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes))
-    check_known([adapter_name], adapters_of(model))
     wanted = state.slots(model, adapter_name, config, peft_model_state_dict)
     given = state.unpacked(model, adapter_name, embeddings.without_levels(peft_model_state_dict, wanted, adapter_name))
     wanted.update(embeddings.slots(model, given))

@@ -15,6 +15,7 @@ _HOMES = {
     "run": "Result train",
     "callbacks": "Allocation RichProgress StopOnSignal",
     "trainer": "AdapterTrainer",
+    "checkpoints": "AdapterCheckpoints",
     "batches": "Collator check_isolation pack",
     "tokens": "Encoder",
 }

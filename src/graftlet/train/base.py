@@ -65,8 +65,8 @@ def _free_cores() -> int:
         import psutil
     except ImportError:
         return cores
-    busy = psutil.cpu_percent(interval=0.3) / 100
-    return max(1, min(cores, round(cores * (1 - busy))))
+    busy, sharing = psutil.cpu_percent(interval=0.3) / 100, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(cores, round(cores * (1 - busy))) // sharing)
 
 
 def load_tokenizer(folder: str, table: ModelTable) -> PreTrainedTokenizerBase:
@@ -111,8 +111,13 @@ def load_base(folder: str, table: ModelTable, quantization: QuantizationTable | 
         raise ConfigError(f"the base model {table.source!r} cannot be loaded: {error}") from error
     model.config.use_cache = False  # of no use in training, and transformers packs only without it
     if quantization is None:
-        return model.to(device)
+        return model if _placed_by_engine() else model.to(device)
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # which the training table asks for
+
+
+def _placed_by_engine() -> bool:
+    """Whether an engine that keeps a model in parts takes it from where it was loaded."""
+    return any(os.environ.get(f"ACCELERATE_USE_{engine}", "false") == "true" for engine in ("FSDP", "DEEPSPEED"))
 
 
 def _quantised(table: QuantizationTable, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

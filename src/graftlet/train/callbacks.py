@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.parts import root_of
+from .several import any_of
 
 TOLD_EVERY = 10.0
 """Seconds between plain lines that say how far a start from data is."""
@@ -148,11 +149,11 @@ class Allocation(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """On the first Ctrl-C finish the step, save a checkpoint and stop; a second one interrupts at once.
 
-    `stopped` says whether that happened.
+    `stopped` says whether that happened here, `everywhere` whether it did in any of several processes, which stop together.
     """
 
     def __init__(self) -> None:
-        self.stopped = False
+        self.stopped = self.everywhere = False
         self._before: Any = None
 
     def on_train_begin(
@@ -162,7 +163,8 @@ class StopOnSignal(TrainerCallback):
             self._before = signal.signal(signal.SIGINT, self._stop)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.stopped:
+        self.everywhere = any_of(self.stopped)
+        if self.everywhere:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(

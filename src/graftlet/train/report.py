@@ -45,8 +45,9 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
     figures = []
     if "metric" in after:
         figures.append((f"{before['metric']:.1%} → {after['metric']:.1%}", f"{_name(summary)}, held-out"))
-    if after["validation_loss"] is not None:
-        figures.append((f"{before['validation_loss']:.3f} → {after['validation_loss']:.3f}", "validation loss"))
+    losses = [f"{m['validation_loss']:.3f}" for m in (before, after) if m["validation_loss"] is not None]
+    if losses:
+        figures.append((" → ".join(losses), "validation loss"))
     return [
         *figures,
         (f"{summary['adapter']['bytes'] / 2**20:.1f} MiB", "size of the adapter"),

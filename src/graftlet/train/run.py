@@ -22,16 +22,19 @@ from ..errors import ConfigError, MergeError, TrainingInterrupted
 from ..files import write_atomically
 from ..model.auto import AutoPeftModelForCausalLM
 from ..model.peft_model import PeftModel
+from ..weights.whole import is_writer
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
 from .callbacks import Allocation, RichProgress, StopOnSignal, clock
+from .checkpoints import WEIGHTS
 from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data, tell_steps
 from .recipe import Recipe
 from .report import write_report
 from .score import Score, Scorer
+from .several import join, on_first, voice
 from .sources import model_folder
 from .starts import Batches, adapted, initial_of
-from .trainer import WEIGHTS, AdapterTrainer, optimizer_maker, training_arguments
+from .trainer import AdapterTrainer, optimizer_maker, training_arguments
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Result:
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), console: Console | None = None) -> Result:
-    """Carry out a recipe.
+    """Carry out a recipe, on one process or, under `torchrun` or `accelerate launch`, on several that share the data.
 
     Args:
         recipe: from `load_recipe`, or made in Python.
@@ -68,13 +71,15 @@ def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), console: Co
         DependencyError: a source needs a package that is missing.
         TrainingInterrupted: stopped by Ctrl-C; `resume = true` goes on.
     """
-    return _Run(recipe, console or Console(highlight=False)).carry_out(callbacks)
+    processes = join(pick_device(recipe.model.device))
+    return _Run(recipe, voice(console), processes).carry_out(callbacks)
 
 
 @dataclass
 class _Run:
     recipe: Recipe
     console: Console
+    processes: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     measured: list[dict[str, Any]] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
@@ -85,7 +90,7 @@ class _Run:
         if self.recipe.training.packing and config.is_prompt_learning:
             place = self.recipe.place("training", "packing")
             raise ConfigError(f"{place}: a prompt method puts its tokens before a row, not before each example in it.")
-        checkpoint = claim_output(self.recipe)
+        checkpoint = on_first(lambda: claim_output(self.recipe))
         with self.stage("prepare"):
             device, threads = pick_device(self.recipe.model.device), set_threads(self.recipe.model.threads)
             folder = model_folder(self.recipe.model.source, self.say)
@@ -95,6 +100,9 @@ class _Run:
         self._tell_data(data)
         tell_steps(self.recipe, config, self._steps(data))
         with self.stage("model"):
+            args = training_arguments(
+                self.recipe, device, self._steps(data)
+            )  # first: an engine loads a base its own way
             base = load_base(folder, self.recipe.model, self.recipe.quantization)
             set_seed(self.recipe.seed)
             ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
@@ -103,15 +111,14 @@ class _Run:
             batches = Batches(data.train, Collator(pad), self.recipe.training.batch_size, base.device)
             model: Any = adapted(base, config, batches, output, self.console)
             self.initial = initial_of(config, output)
-        trainer = self._trainer(model, data, device, callbacks)
+        trainer = self._trainer(model, data, args, callbacks)
         facts = self._model_facts(model, folder, threads)
         self._tell_model(facts)
         before = self._before(model, trainer)
         self._train(trainer, checkpoint)
         after = self._after(model, trainer, data)
         history, training = trainer.state.log_history, self._training_facts(trainer, checkpoint, data)
-        if self.recipe.evaluation.verify:
-            args = trainer.args
+        if self.recipe.evaluation.verify and not self.sharded:
             del model, base, trainer  # room for a fresh one
             gc.collect()
             self._verify(folder, args, data)
@@ -143,12 +150,12 @@ class _Run:
 
     def _steps(self, data: Prepared) -> int:
         table = self.recipe.training
-        a_pass = math.ceil(math.ceil(len(data.train) / table.batch_size) / table.accumulation)
+        batches = math.ceil(len(data.train) / (table.batch_size * self.processes))
+        a_pass = math.ceil(batches / table.accumulation)
         return table.max_steps or math.ceil(a_pass * table.epochs)
 
-    def _trainer(self, model: Any, data: Prepared, device: torch.device, callbacks: Sequence[TrainerCallback]) -> Any:
+    def _trainer(self, model: Any, data: Prepared, args: Any, callbacks: Sequence[TrainerCallback]) -> Any:
         table = self.recipe.training
-        args = training_arguments(self.recipe, device, self._steps(data))
         self.progress, self.stop = RichProgress(self.console), StopOnSignal()
         own: list[TrainerCallback] = [self.progress, self.stop, Allocation()]
         if table.patience:
@@ -163,6 +170,7 @@ class _Run:
             make_optimizer=optimizer_maker(self.recipe),
         )
         trainer.remove_callback(PrinterCallback)
+        self.sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         if table.packing:
             batch = self.collate([data.train[i] for i in range(min(2, len(data.train)))])
             check_isolation(model, {k: batch[k].to(model.device) for k in ("input_ids", "position_ids")})
@@ -170,8 +178,12 @@ class _Run:
 
     def _before(self, model: Any, trainer: Any) -> list[str]:
         with self.stage("measure before"), model.disable_adapter():
-            self.measure("before", model, self._loss(trainer))
-            return self.scorer.samples(model, self.recipe.evaluation.samples)
+            self.measure("before", model, None if self.sharded else self._loss(trainer))
+            return self._samples(model)
+
+    def _samples(self, model: Any) -> list[str]:
+        """Answers of a model; of one that is in parts, none."""
+        return [] if self.sharded else self.scorer.samples(model, self.recipe.evaluation.samples)
 
     def _train(self, trainer: Any, checkpoint: Path | None) -> None:
         if checkpoint is not None:
@@ -184,7 +196,7 @@ class _Run:
                 self.progress.close()
                 self.stop.close()
                 self.peak = _peak_memory(trainer.args.device)
-        if self.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        if self.stop.everywhere and trainer.state.global_step < trainer.state.max_steps:
             raise TrainingInterrupted(
                 f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; "
                 f"go on with resume=true output={self.recipe.output}."
@@ -192,11 +204,12 @@ class _Run:
 
     def _after(self, model: Any, trainer: Any, data: Prepared) -> list[str]:
         with self.stage("save"):
-            model.save_pretrained(self.recipe.output, path_initial_model_for_weight_conversion=self.initial)
-            data.encoder.tokenizer.save_pretrained(self.recipe.output)
+            to, initial = self.recipe.output, self.initial
+            model.save_pretrained(to, is_main_process=is_writer(), path_initial_model_for_weight_conversion=initial)
+            on_first(lambda: data.encoder.tokenizer.save_pretrained(to) and None)
         with self.stage("measure after"):
             self.measure("after training", model, self._loss(trainer))
-            return self.scorer.samples(model, self.recipe.evaluation.samples)
+            return self._samples(model)
 
     def _verify(self, folder: str, args: Any, data: Prepared) -> None:
         with self.stage("verify"):
@@ -222,14 +235,17 @@ class _Run:
     def measure(self, stage: str, model: Any, loss: float | None) -> None:
         """Record, and tell, how a model does on what was held out."""
         entry: dict[str, Any] = {"stage": stage, "validation_loss": loss}
-        if self.recipe.evaluation.metric != "none":
+        if self.recipe.evaluation.metric != "none" and not self.sharded:
             score = self.scorer(model)
             entry |= {"metric": score.value, "right": sum(score.right), "of": len(score.right)}
             if len(self.scores) > 1:
                 entry["same_answers"] = score.same_as(self.scores[1])  # as right after training
             self.scores.append(score)
         self.measured.append(entry)
-        self.say(f"{stage}: {describe(entry, self.recipe.evaluation.metric)}")
+        told = describe(entry, self.recipe.evaluation.metric)
+        self.say(
+            f"{stage}: {told or ('not measured: the model is in parts' if self.sharded else 'nothing is held out')}"
+        )
 
     # --- what is told -------------------------------------------------------------------------------------------------
 
@@ -276,6 +292,7 @@ class _Run:
         tokens = data.facts["train"]["tokens"]
         best = state.best_model_checkpoint if self.recipe.training.patience else None
         return {
+            "processes": self.processes,
             "steps": state.global_step,
             "planned_steps": state.max_steps,
             "epochs": state.epoch,
@@ -294,14 +311,13 @@ class _Run:
             "title": self.recipe.title or output.name,
             **facts,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "metric": self.recipe.evaluation.metric,
+            "metric": "none" if self.sharded else self.recipe.evaluation.metric,
             "measured": self.measured,
             "samples": samples,
             "history": history,
             "recipe": self.recipe.model_dump(mode="json"),
         }
-        write_atomically(output / SUMMARY, json.dumps(summary, indent=2).encode())
-        write_report(summary, output / REPORT)
+        on_first(lambda: self._write(summary, output))
         spent = {k: v for k, v in self.seconds.items() if k != "total"}
         self.say(
             "time: "
@@ -311,6 +327,11 @@ class _Run:
         self.say(f"adapter: {output}/  ({facts['adapter']['bytes'] / 2**20:.1f} MiB)")
         self.say(f"report: {output / REPORT}")
         return Result(output, summary)
+
+    @staticmethod
+    def _write(summary: dict[str, Any], output: Path) -> None:
+        write_atomically(output / SUMMARY, json.dumps(summary, indent=2).encode())
+        write_report(summary, output / REPORT)
 
 
 def describe(entry: dict[str, Any], metric: str) -> str:
@@ -323,7 +344,7 @@ def describe(entry: dict[str, Any], metric: str) -> str:
         parts.append(f"validation loss {entry['validation_loss']:.4f}")
     if "same_answers" in entry:
         parts.append(f"{entry['same_answers']} of {entry['of']} answers as after training")
-    return ", ".join(parts) or "nothing is held out"
+    return ", ".join(parts)
 
 
 def _forget_peak(device: torch.device) -> None:

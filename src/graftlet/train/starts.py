@@ -15,6 +15,7 @@ from ..config import PeftConfig
 from ..methods.init import Start, initialiser
 from ..methods.lora import LoraConfig
 from ..model.mapping import get_peft_model
+from ..weights.whole import is_writer
 from .batches import Collator, Rows
 from .callbacks import measuring
 
@@ -52,7 +53,7 @@ def adapted(base: Any, config: PeftConfig, batches: Batches, output: Path, conso
         if start is not None and start.after is not None:
             start.after(model, model.active_adapter, batches, shown)
     if start is not None and start.rebases:
-        model.save_pretrained(output / INITIAL)
+        model.save_pretrained(output / INITIAL, is_main_process=is_writer())
     return model
 
 

@@ -9,26 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from ..core.method import Allocator
 from ..errors import ConfigError, nearest
-from ..files import find_file
-from ..model.parts import root_of
-from ..model.save import save_tensors, set_peft_model_state_dict
+from .checkpoints import WEIGHTS, AdapterCheckpoints
 from .optimisers import NAMES, by_name
 from .recipe import Recipe
 
-WEIGHTS = "adapter_model.safetensors"
-UNFINISHED = "unfinished.safetensors"
-ALLOCATOR = "allocator"
 CHECKPOINTS = "checkpoints"
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(AdapterCheckpoints, Trainer):
     """A Trainer whose checkpoints hold the adapter alone, and which restores it from them exactly.
 
     make_optimizer: of the model; the arguments' own optimiser unless given.
@@ -42,61 +35,6 @@ class AdapterTrainer(Trainer):
         if self.optimizer is None and self.make_optimizer is not None:
             self.optimizer = self.make_optimizer(self.accelerator.unwrap_model(self.model))
         return super().create_optimizer(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = output_dir or self.args.output_dir
-        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if self.args.should_save and folder is not None:
-            model.save_pretrained(folder, state_dict=state_dict)
-            save_tensors(_unfinished(model), Path(folder, UNFINISHED))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        restore(model or self.model, resume_from_checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:  # only now: what an allocator has frozen is among the optimizer's parameters still
-            restore_allocators(self.model, checkpoint)
-
-    def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint:
-            restore(self.model, self.state.best_model_checkpoint)
-            restore_allocators(self.model, self.state.best_model_checkpoint)
-
-
-@torch.no_grad()
-def restore(model: Any, folder: str | Path) -> None:
-    """Put a checkpoint's tensors into a model that has the adapter, those too that only its training needs."""
-    model = root_of(model)
-    if model.tuner is not None:  # a prompt's file may hold but what its encoder makes
-        set_peft_model_state_dict(model, load_file(find_file(folder, WEIGHTS)), ignore_mismatched_sizes=True)
-    held = load_file(find_file(folder, UNFINISHED))
-    parameters = dict(model.named_parameters())
-    for key, tensor in held.items():
-        if key in parameters:
-            parameters[key].copy_(tensor)
-
-
-def restore_allocators(model: Any, folder: str | Path) -> None:
-    """Let what shrinks the adapters go on from a checkpoint."""
-    model = root_of(model)
-    held = load_file(find_file(folder, UNFINISHED))
-    for name, allocator in _allocators(model).items():
-        start = f"{ALLOCATOR}/{name}/"
-        allocator.load({k.removeprefix(start): t for k, t in held.items() if k.startswith(start)})
-
-
-def _unfinished(model: Any) -> dict[str, torch.Tensor]:
-    """What an adapter's file leaves out, since a finished adapter does not need it: parts that were cut, a prompt's
-    encoder, how much each part matters so far."""
-    held = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, allocator in _allocators(model).items():
-        held |= {f"{ALLOCATOR}/{name}/{key}": tensor for key, tensor in allocator.state().items()}
-    return held
-
-
-def _allocators(model: Any) -> dict[str, Allocator]:
-    return {} if model.tuner is None else model.tuner.allocators()
 
 
 def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> TrainingArguments:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..errors import MergeError, UnsupportedLayerError
 from .product import Product, watched
 from .storage import PLAIN, Storage, packed, qualified, storage_of, unusable
+from .whole import put, whole
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
@@ -136,7 +137,7 @@ class Site:
 
     def read_bias(self) -> Tensor | None:
         """The bias `[out]`, where there is one."""
-        return getattr(self.module, cast(str, self.bias)) if self.has_bias else None
+        return whole(getattr(self.module, cast(str, self.bias))) if self.has_bias else None
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Keep another weight and bias. Raises `MergeError` where the layer has no room for them."""
@@ -148,8 +149,7 @@ class Site:
             )
         self.storage.write(self.module, self.name, self.kept(weight))
         if bias is not None:
-            with torch.no_grad():
-                getattr(self.module, cast(str, self.bias)).copy_(bias)
+            put(getattr(self.module, cast(str, self.bias)), bias)
 
     def save(self) -> tuple[Any, Any]:
         """What `restore` needs to bring the weight's and bias's very bits back."""
@@ -164,7 +164,8 @@ class Site:
 
     def original(self, saved: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they were when `saved` was made."""
-        return self.canonical(self.storage.recall(self.module, self.name, saved[0])), saved[1]
+        bias = None if saved[1] is None else whole(saved[1])
+        return self.canonical(self.storage.recall(self.module, self.name, saved[0])), bias
 
     # the operation
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import DependencyError
 from ..requirements import REQUIREMENTS
+from .whole import put, whole
 
 WIDE = 2
 """Bytes that a number has at least in a dtype that anything is computed in."""
@@ -81,12 +82,11 @@ class Storage:
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         """The weight as an ordinary floating-point tensor, `shape` and `dtype` as above. It may share what is kept."""
-        return getattr(module, name)
+        return whole(getattr(module, name))
 
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Keep `value` in place of the weight, rounded to the kept precision, on the kept device."""
-        with torch.no_grad():
-            getattr(module, name).copy_(value)
+        put(getattr(module, name), value)
 
     def allowed(self, module: nn.Module, name: str, meant: Tensor) -> Tensor:
         """How far off each element of what is read may be after `meant` was written; it broadcasts to the weight."""
@@ -107,7 +107,7 @@ class Storage:
 
     def recall(self, module: nn.Module, name: str, saved: Any) -> Tensor:
         """What `read` would have given when `saved` was made, without changing anything."""
-        return saved
+        return whole(saved)
 
 
 class Packed(Storage):

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each of several processes does in a test: train adapters by an engine, save them, load them."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from rich.console import Console
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+import graftlet
+from graftlet.files import read_tensors
+from graftlet.integrations import sent, shard
+from graftlet.train.recipe import Recipe, check
+from graftlet.train.run import train
+
+from ..train import tiny
+
+STEPS, ROWS, TOKENS = 3, 8, 6
+
+METHODS: dict[str, Callable[[], graftlet.PeftConfig]] = {
+    "lora": lambda: graftlet.LoraConfig(target_modules=["q_proj", "down_proj"], r=3),
+    "dora": lambda: graftlet.LoraConfig(target_modules=["q_proj", "down_proj"], r=3, use_dora=True),
+    "embedding": lambda: graftlet.LoraConfig(target_modules=["embed_tokens", "v_proj"], r=3, bias="all"),
+    "saved": lambda: graftlet.LoraConfig(target_modules=["q_proj"], r=3, modules_to_save=["lm_head", "norm"]),
+    "tokens": lambda: graftlet.LoraConfig(target_modules=["q_proj"], r=3, trainable_token_indices=[1, 3]),
+    "oft": lambda: graftlet.OFTConfig(target_modules=["q_proj", "down_proj"], oft_block_size=4),
+    "ia3": lambda: graftlet.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "shira": lambda: graftlet.ShiraConfig(target_modules=["q_proj"], r=3),
+    "vera": lambda: graftlet.VeraConfig(target_modules=["q_proj", "v_proj"], r=4),
+    "vblora": lambda: graftlet.VBLoRAConfig(
+        target_modules=["q_proj"], num_vectors=6, vector_length=4, save_only_topk_weights=True
+    ),
+    "trainable_tokens": lambda: graftlet.TrainableTokensConfig(token_indices=[1, 3], target_modules=["embed_tokens"]),
+    "prompt": lambda: graftlet.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": lambda: graftlet.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=8
+    ),
+}  # fmt: skip
+
+
+NETWORKS = ("prefix",)
+"""Those whose file does not hold all that they train."""
+
+
+def base(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attention_bias": True,
+        "attn_implementation": "eager", "tie_word_embeddings": False,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+
+def adapted(name: str, **changes: Any) -> Any:
+    """The base with an adapter that does something: its tensors are moved a little, alike in all processes."""
+    made = graftlet.get_peft_model(base(**changes), METHODS[name]())
+    moved(made)
+    return made
+
+
+@torch.no_grad()
+def moved(model: nn.Module) -> None:
+    """Let what learns be something else than at its start, the same in all processes."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+def batch(step: int) -> torch.Tensor:
+    """The rows of a step, of which every process takes its part."""
+    torch.manual_seed(100 + step)
+    return torch.randint(3, 12, (ROWS, TOKENS))
+
+
+def part(step: int) -> torch.Tensor:
+    if not dist.is_initialized():
+        return batch(step)
+    return batch(step).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, number: int) -> float:
+    ids = part(number)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def fit(model: Any, steps: range = range(STEPS), optimizer: torch.optim.Optimizer | None = None) -> Any:
+    optimizer = optimizer or optimizer_of(model)
+    for number in steps:
+        step(model, optimizer, number)
+    return model
+
+
+def apart(one: Path, other: Path) -> float:
+    """How far the tensors of two adapters are apart; they have the same keys and shapes."""
+    a, b = (read_tensors(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    assert all(a[k].shape == b[k].shape and a[k].numel() for k in a)
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def alone(folder: str, names: str) -> None:
+    """Train each method's adapter in one process."""
+    base().save_pretrained(Path(folder, "base"))
+    for name in names.split(","):
+        adapted(name).save_pretrained(Path(folder, f"{name}-start"))
+        fit(adapted(name)).save_pretrained(Path(folder, name))
+
+
+def fsdp2(folder: str, names: str) -> None:
+    for name in names.split(","):
+        model = fit(shard(adapted(name)))
+        model.save_pretrained(Path(folder, f"{name}-fsdp2"))
+        dist.barrier()
+        if name in NETWORKS:
+            continue
+        # what is in parts is filled from a file, and is then what was trained
+        again = shard(adapted(name))
+        tensors = graftlet.load_peft_weights(Path(folder, f"{name}-fsdp2"))
+        result = graftlet.set_peft_model_state_dict(again, tensors)
+        assert not result.unexpected_keys, result
+        ids = batch(9)
+        assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6), name
+
+
+def counted(sizes: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """What DDP does with gradients, their sizes noted."""
+    sizes.append(bucket.buffer().nbytes)
+    return allreduce_hook(None, bucket)  # pyright: ignore[reportArgumentType]
+
+
+def ddp(folder: str, names: str) -> None:
+    for name in names.split(","):
+        model, buckets = adapted(name), list[int]()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(buckets, lambda sizes, bucket: counted(sizes, bucket))  # DDP reads annotations
+        fit(wrapped)
+        # a ring sends each bucket 2 (n - 1) / n times: the gradients of the adapter, and nothing else
+        ring = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
+        assert sum(buckets) / STEPS * ring == sent(wrapped, dist.get_world_size()), name
+        model.save_pretrained(Path(folder, f"{name}-ddp"), is_main_process=dist.get_rank() == 0)
+
+
+def parallel(name: str, folder: str) -> Any:
+    """An adapter on a base whose layers are shared out by its own plan."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto", device_mesh=mesh, attn_implementation="eager")
+    made = graftlet.get_peft_model(model, METHODS[name]())
+    moved(made)
+    return made
+
+
+def tp(folder: str, names: str) -> None:
+    """Every process sees all rows; each layer's work is shared out."""
+    for name in names.split(","):
+        if name in UNSHARED:
+            with pytest.raises(UNSHARED[name]):
+                parallel(name, str(Path(folder, "base")))
+            continue
+        base()  # as many random numbers drawn as for one process
+        if dist.get_rank():
+            torch.manual_seed(7)  # an adapter starts as the first process's
+        model = parallel(name, str(Path(folder, "base")))
+        optimizer = optimizer_of(model)
+        for number in range(STEPS):
+            model(input_ids=batch(number), labels=batch(number)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(Path(folder, f"{name}-tp"), is_main_process=dist.get_rank() == 0)
+
+
+UNSHARED = {"saved": graftlet.errors.UnsupportedLayerError, "prefix": graftlet.errors.ConfigError}
+"""A head that is shared out cannot be copied; each process has keys and values of its own heads alone."""
+
+
+class PowerCut(TrainerCallback):
+    """The end of all processes after a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            raise InterruptedError
+
+
+def recipe(folder: str, batch_size: int, output: str, **changes: Any) -> Recipe:
+    """Four steps on tiny data, a checkpoint after every second one."""
+    training = {
+        "batch_size": batch_size, "learning_rate": 1.0, "max_steps": 4, "save_every": 2, "optimizer": "sgd",
+    }  # fmt: skip
+    places = Path(folder, "chat"), Path(folder, "sums.jsonl"), Path(folder, output)
+    return check(tiny.recipe(*places, **{"training": training, "evaluation": {"samples": 1}, **changes}))
+
+
+def cut_and_resumed(folder: str, output: str) -> None:
+    """Train a recipe on all processes; then again, with a power cut after the third step."""
+    size = 4 // dist.get_world_size()
+    train(recipe(folder, size, output), console=Console(quiet=True))
+    with suppress(InterruptedError):
+        train(recipe(folder, size, f"{output}-cut"), (PowerCut(),), Console(quiet=True))
+    train(recipe(folder, size, f"{output}-cut", resume=True), console=Console(quiet=True))
+
+
+def recipe_ddp(folder: str, names: str) -> None:
+    cut_and_resumed(folder, "ddp")
+
+
+def recipe_fsdp2(folder: str, names: str) -> None:
+    """accelerate has FSDP on accelerators alone: it is told that this is one, whose tensors are on the CPU."""
+    PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_XPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update(FSDP)
+    cut_and_resumed(folder, "fsdp2")
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+"""What `accelerate launch --use_fsdp --fsdp_version 2` tells the processes that it starts."""
+
+JOBS: dict[str, Callable[..., None]] = {
+    "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
+}  # fmt: skip
+
+
+def main(job: str, *arguments: str) -> None:
+    """Run jobs, `a+b` one after the other, among the processes that the environment names."""
+    warnings.simplefilter("error", graftlet.errors.GraftletWarning)
+    torch.set_num_threads(1)
+    with processes():
+        for name in job.split("+"):
+            JOBS[name](*arguments)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter that several processes train is the one that a single process trains, whatever engine binds them together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from graftlet.train.run import train
+
+from ..train import tiny
+from . import jobs
+from .launch import launch
+
+QUICK = ("lora", "saved", "tokens", "vblora", "prompt")
+"""Thin factors, whole modules, a base weight's rows, tensors made for the file, rows beside the model."""
+ENGINES = ("ddp", "fsdp2", "tp")
+
+
+def agree(folder: Path, names: tuple[str, ...], engine: str) -> None:
+    """Each adapter is that of one process, but for the order in which numbers were added."""
+    for name in names:
+        if engine != "tp" or name not in jobs.UNSHARED:
+            moved = jobs.apart(folder / name, folder / f"{name}-start")
+            assert jobs.apart(folder / name, folder / f"{name}-{engine}") < 1e-3 * moved, name
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made, and one: they are started once, as that takes longest."""
+    folder = tmp_path_factory.mktemp("two")
+    tiny.save(folder / "chat")
+    tiny.write_jsonl(folder / "sums.jsonl", tiny.rows())
+    train(jobs.recipe(str(folder), 4, "alone"), console=Console(quiet=True))
+    jobs.alone(str(folder), ",".join(QUICK))
+    launch("+".join([*ENGINES, "recipe_ddp", "recipe_fsdp2"]), 2, folder, ",".join(QUICK), timeout=600)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_the_adapter_of_one(two: Path, engine: str) -> None:
+    agree(two, QUICK, engine)
+
+
+@pytest.mark.parametrize("output", ["ddp", "ddp-cut", "fsdp2", "fsdp2-cut"])
+def test_a_recipe_gives_the_adapter_of_one_process_also_after_a_cut(two: Path, output: str) -> None:
+    moved = jobs.apart(two / "alone", two / "alone" / "checkpoints" / "checkpoint-2")
+    assert jobs.apart(two / "alone", two / output) < 1e-3 * moved
+    summary = json.loads((two / output / "summary.json").read_text())
+    assert summary["training"]["processes"] == 2
+    assert bool(summary["training"]["resumed_from"]) == output.endswith("cut")
+
+
+def test_what_two_processes_measure_is_what_one_does(two: Path) -> None:
+    ours, alone = (json.loads((two / n / "summary.json").read_text())["measured"] for n in ("ddp", "alone"))
+    assert ours[0] == pytest.approx(alone[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("output", ["ddp", "fsdp2"])
+def test_no_checkpoint_holds_the_base(two: Path, output: str) -> None:
+    newest = two / output / "checkpoints" / "checkpoint-4"
+    written = sum(f.stat().st_size for f in newest.rglob("*") if f.is_file())
+    assert written < (two / "chat" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_kind_of_method_on_every_engine(tmp_path: Path, processes: int) -> None:
+    names = tuple(jobs.METHODS)
+    jobs.alone(str(tmp_path), ",".join(names))
+    launch("+".join(ENGINES), processes, tmp_path, ",".join(names), timeout=1200)
+    for engine in ENGINES:
+        agree(tmp_path, names, engine)
