@@ -214,6 +214,27 @@ def convert(
 
 
 @app.command()
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="vllm, gguf-lora, diffusers, mlx or merged.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Convert to LoRA of this rank.")] = None,
+    energy: Annotated[float | None, typer.Option(min=0, max=1, help="Or to this share of each layer's change.")] = None,
+    component: Annotated[str | None, typer.Option(help="diffusers: unet, transformer, text_encoder, ...")] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Write an adapter as another engine loads it. Methods other than LoRA are converted, and what is lost is told."""
+    _quiet()
+    from . import _export
+
+    where = {"base": base, "dtype": dtype, "device": device}
+    _export.carry_out(adapter, out, to, rank=rank, energy=energy, component=component, where=where, overwrite=overwrite)
+
+
+@app.command()
 def methods(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the methods."""
     from . import _methods
