@@ -97,6 +97,7 @@ _HOMES = {
     "model.kappa": "find_kappa_target_modules",
     "model.loftq": "replace_lora_weights_loftq",
     "serve.convert": "convert_to_lora save_as_lora",
+    "serve.foreign": "load_foreign",
 }
 _home = {name: module for module, names in _HOMES.items() for name in names.split()}
 
