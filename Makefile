@@ -10,7 +10,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-hostile lint docs docs-check clean
+.PHONY: demo test test-all test-hostile lint docs docs-check dist clean
 
 # A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
 $(READY): pyproject.toml Makefile
@@ -64,6 +64,13 @@ docs: docs-check
 
 docs-check: $(READY)
 	$(BIN)/python -m graftlet.knowledge --check
+
+# What would be published: built in a fresh environment, checked, and installed nowhere.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest tests/test_dist.py
 
 clean:
 	rm -rf $(VENV) site runs .pytest_cache .ruff_cache build dist src/*.egg-info

@@ -98,6 +98,7 @@ _HOMES = {
     "model.loftq": "replace_lora_weights_loftq",
     "serve.convert": "convert_to_lora save_as_lora",
     "knowledge.cost.estimating": "estimate",
+    "serve.foreign": "load_foreign",
 }
 _home = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -75,7 +75,7 @@ def test_the_report_loads_nothing(base: Path, data: Path, tmp_path: Path) -> Non
     assert "<link" not in page
     assert not re.search(r"url\(|@import|https?://", page.replace("Apache-2.0", ""))
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', page)
-    assert len(sources) == 2
+    assert len(sources) == 8  # four charts, light and dark
     assert all(s.startswith("data:image/png;base64,iVBOR") for s in sources)
     assert "prefers-color-scheme: dark" in page
 

@@ -13,11 +13,13 @@ import typer
 from .. import __version__
 from ..errors import CallError, GraftletError, GraftletWarning, TrainingInterrupted
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder with an adapter, or its id on the hub.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter's config says.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as it was trained.")]
+ENGINES = ("vllm", "gguf-lora", "diffusers", "mlx", "merged")
+"""What there is to export to: here too, so that help and completion load nothing."""
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
@@ -218,6 +220,61 @@ def convert(
     from . import _convert
 
     _convert.convert(adapter, out, rank=rank, energy=energy, base=base, dtype=dtype, device=device, overwrite=overwrite)
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help=", ".join(ENGINES), autocompletion=lambda: ENGINES)],
+    rank: Annotated[int | None, typer.Option(min=1, help="Convert to LoRA of this rank.")] = None,
+    energy: Annotated[float | None, typer.Option(min=0, max=1, help="Or to this share of each layer's change.")] = None,
+    component: Annotated[str | None, typer.Option(help="diffusers: unet, transformer, text_encoder, ...")] = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
+) -> None:
+    """Write an adapter as another engine loads it. Methods other than LoRA are converted, and what is lost is told."""
+    _quiet()
+    from . import _export
+
+    where = {"base": base, "dtype": dtype, "device": device}
+    _export.carry_out(adapter, out, to, rank=rank, energy=energy, component=component, where=where, overwrite=overwrite)
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The file to write.")] = Path("recipe.toml"),
+    model: Annotated[str | None, typer.Option(help="The base: a folder, a hub id, or package:DIST.")] = None,
+    data: Annotated[str | None, typer.Option(help="A file, or a dataset id of the hub.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What is asked: a template, {question}.")] = None,
+    completion: Annotated[str | None, typer.Option(help="The right answer: a template.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, or any other that `graftlet methods` lists.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="The rank, where the method has one.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="How many times over the data.")] = None,
+    output: Annotated[str | None, typer.Option(help="The folder that becomes the adapter.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing: take the defaults.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
+) -> None:
+    """Ask a few questions, and write a recipe with a word on each key. What the options answer is not asked."""
+    from . import _init
+
+    answers = _init.Answers(model, data, prompt, completion, method, rank, learning_rate, epochs, output)
+    _init.init(file, answers, ask=not yes, overwrite=overwrite)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders that `graftlet train` wrote.")],
+    html: Annotated[Path | None, typer.Option(help="Write a page with the curves over one another.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Put runs side by side: what was measured, and where their recipes differ."""
+    from . import _compare
+
+    _compare.compare(runs, html, json)
 
 
 @app.command()

@@ -30,6 +30,9 @@ from ..model.parts import configs_of, root_of
 from ..weights.rounding import finite
 from ..weights.site import Attention, Embedding, Parameter, Site
 
+SHARE = 0.99
+"""The share of each layer's change that is kept where nobody says otherwise."""
+
 
 @dataclass(frozen=True)
 class Fit:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from ..config import PeftConfig
 from ..errors import ConfigError
 from ..files import find_file, read_tensors
 from ..patterns import fullmatch
+from .checkpoints import WEIGHTS
 from .page import page, paragraph, section, table, tiles
-from .plots import bars, lines
-from .trainer import WEIGHTS
+from .plots import bars, heat, lines
 
 Facts = dict[str, Any]
 
@@ -199,12 +199,41 @@ def _short(norm: float | None) -> str:
     return "" if norm is None else f"{norm:.4g}"
 
 
+def maps(layers: Sequence[Facts]) -> list[tuple[str, str]]:
+    """Heat maps of the sizes of the changes and of their effective ranks, a row a kind of layer, a column a depth.
+
+    Empty where the names have no depth, or two layers stand at one place.
+    """
+    places = [(x, _depth(x["name"]), x["name"].rsplit(".", 1)[-1]) for x in layers]
+    known = {(kind, depth): x for x, depth, kind in places if depth is not None}
+    if not known or len(known) < len(layers):
+        return []
+    kinds = list(dict.fromkeys(kind for _, _, kind in places))
+    depths = sorted({depth for _, depth in known})
+    return [
+        (
+            title,
+            heat(
+                kinds, list(map(str, depths)), [[known.get((k, d), {}).get(key) for d in depths] for k in kinds], label
+            ),
+        )
+        for title, key, label in (
+            ("Size of the change, ‖ΔW‖", "norm", "‖ΔW‖"),
+            ("Effective rank of the change", "effective_rank", "effective rank"),
+        )
+    ]
+
+
+def _depth(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def _plot(layers: Iterable[Facts], key: str, label: str) -> str:
     """A line a kind of layer over the depth, where the names have one; else a bar a layer."""
     series: dict[str, dict[int, float]] = defaultdict(dict)
     listed = list(layers)
     for layer in listed:
-        depth = next((int(p) for p in layer["name"].split(".") if p.isdigit()), None)
+        depth = _depth(layer["name"])
         if depth is not None:
             series[layer["name"].rsplit(".", 1)[-1]].setdefault(depth, layer[key])
     if sum(map(len, series.values())) == len(listed):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Draw = Callable[[Any, dict[str, str]], None]
@@ -67,15 +67,56 @@ def loss_curve(history: Sequence[dict[str, Any]], measured: Sequence[dict[str, A
     return picture(draw, "Training and validation loss by step")
 
 
-def lines(series: dict[str, dict[int, float]], across: str, label: str) -> str:
-    """One line a name, over whole numbers."""
-    from matplotlib import colormaps
-
-    shades = colormaps["viridis"]
+def overlaid(runs: Mapping[str, Sequence[tuple[float, float]]], label: str, zero: bool = True) -> str:
+    """One line a run, by step. zero: the axis begins there."""
 
     def draw(axes: Any, colours: dict[str, str]) -> None:
-        for i, (name, points) in enumerate(series.items()):
-            shade = shades(0.15 + 0.7 * i / max(len(series) - 1, 1))
+        for shade, (name, points) in zip(_shades(len(runs)), runs.items(), strict=True):
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, color=shade, linewidth=2, label=name)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        if zero:
+            axes.set_ylim(bottom=0)
+        if len(runs) > 1:
+            axes.legend(frameon=False, labelcolor=colours["ink"], fontsize=8)
+
+    return picture(draw, f"{label} by step", (7.2, 2.6))
+
+
+def _shades(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.15 + 0.7 * i / max(count - 1, 1)) for i in range(count)]
+
+
+def heat(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], label: str) -> str:
+    """A field a row and column, coloured by its value; None stays empty."""
+    import numpy as np
+
+    held = np.array([[np.nan if v is None else v for v in row] for row in values], dtype=float)
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        axes.grid(visible=False)
+        image = axes.pcolormesh(held, cmap="viridis", vmin=0, edgecolors="none")
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], rows, fontsize=8)
+        step = max(1, len(columns) // 16)
+        axes.set_xticks([i + 0.5 for i in range(0, len(columns), step)], columns[::step], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("layer")
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.02, shrink=0.9)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(colors=colours["ink"], labelsize=8, length=0)
+        bar.set_label(label, color=colours["ink"])
+
+    return picture(draw, f"{label} by kind and depth of layer", (7.2, 0.34 * len(rows) + 1.1))
+
+
+def lines(series: dict[str, dict[int, float]], across: str, label: str) -> str:
+    """One line a name, over whole numbers."""
+
+    def draw(axes: Any, colours: dict[str, str]) -> None:
+        for shade, (name, points) in zip(_shades(len(series)), series.items(), strict=True):
             axes.plot(
                 list(points), list(points.values()), color=shade, linewidth=2, marker="o", markersize=3, label=name
             )

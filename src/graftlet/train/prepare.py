@@ -20,7 +20,7 @@ from .batches import Rows, feature, pack
 from .data import Example, Splits, load_splits
 from .recipe import Recipe
 from .tokens import Encoded, Encoder
-from .trainer import CHECKPOINTS, last_checkpoint
+from .trainer import CHECKPOINTS, LOGS, last_checkpoint
 
 RECIPE = "recipe.json"
 SUMMARY = "summary.json"
@@ -117,7 +117,8 @@ def _clear(folder: Path, recipe: Recipe) -> None:
             f"{recipe.place('output')}: {recipe.output!r} holds no training run or adapter; "
             "overwrite=true deletes only such a folder. Choose another output."
         )
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    for name in (CHECKPOINTS, LOGS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     for path in folder.iterdir():
         if path.is_file():
             path.unlink()

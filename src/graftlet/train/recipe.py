@@ -156,6 +156,8 @@ class TrainingTable(Table):
     """Checkpoints kept."""
     patience: Count | None = None
     """Stop after so many evaluations without a better validation loss, and keep the best adapter."""
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Where the figures of each log line go as well. TensorBoard's stand in `logs` in the output folder."""
     arguments: dict[str, Any] = {}
     """Any other field of `transformers.TrainingArguments`."""
 

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
+from .anatomy import maps
 from .callbacks import clock
 from .page import folded, page, paragraph, said, section, table, tiles
-from .plots import loss_curve
+from .plots import loss_curve, overlaid
 
 Summary = dict[str, Any]
 
@@ -32,12 +34,25 @@ def report(summary: Summary) -> str:
         tiles(_figures(summary)),
         section("Before and after", _measured(summary), *_notes(summary)),
         section("Loss", loss_curve(summary["history"], summary["measured"], summary["training"]["steps"])),
+        *_rate(summary["history"]),
+        *(section(title, chart) for title, chart in maps(summary.get("layers", []))),
         section("Data", _data(summary)),
         *([section("Answers", *map(_sample, summary["samples"]))] if summary["samples"] else []),
         section("Time", _time(summary)),
         section("Set-up", _setup(summary), folded("The whole recipe", json.dumps(summary["recipe"], indent=2))),
     ]
     return page(summary["title"], *parts)
+
+
+def _rate(history: Sequence[dict[str, Any]]) -> list[str]:
+    """The learning rate by step, where it was logged."""
+    rates = rate_of(history)
+    return [section("Learning rate", overlaid({"": rates}, "learning rate"))] if rates else []
+
+
+def rate_of(history: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Steps and learning rates of a Trainer's log history."""
+    return [(h["step"], h["learning_rate"]) for h in history if "learning_rate" in h]
 
 
 def _figures(summary: Summary) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from ..files import write_atomically
 from ..model.auto import AutoPeftModelForCausalLM
 from ..model.peft_model import PeftModel
 from ..weights.whole import is_writer
+from .anatomy import read_anatomy
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
 from .callbacks import Allocation, RichProgress, StopOnSignal, clock
@@ -34,7 +35,10 @@ from .score import Score, Scorer
 from .several import join, on_first, voice
 from .sources import model_folder
 from .starts import Batches, adapted, initial_of
-from .trainer import AdapterTrainer, optimizer_maker, training_arguments
+from .trainer import AdapterTrainer, check_trackers, optimizer_maker, trackers, training_arguments
+
+SHOWN = ("name", "rank", "norm", "effective_rank")
+"""What the summary says of each layer that is a low-rank change."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class _Run:
 
     def carry_out(self, callbacks: Sequence[TrainerCallback]) -> Result:
         begun = time.perf_counter()
+        check_trackers(self.recipe)
         config = adapter_config(self.recipe)
         if self.recipe.training.packing and config.is_prompt_learning:
             place = self.recipe.place("training", "packing")
@@ -157,7 +162,7 @@ class _Run:
     def _trainer(self, model: Any, data: Prepared, args: Any, callbacks: Sequence[TrainerCallback]) -> Any:
         table = self.recipe.training
         self.progress, self.stop = RichProgress(self.console), StopOnSignal()
-        own: list[TrainerCallback] = [self.progress, self.stop, Allocation()]
+        own: list[TrainerCallback] = [self.progress, self.stop, Allocation(), *trackers(self.recipe)]
         if table.patience:
             own.append(EarlyStoppingCallback(early_stopping_patience=table.patience))
         trainer = AdapterTrainer(
@@ -314,6 +319,7 @@ class _Run:
             "metric": "none" if self.sharded else self.recipe.evaluation.metric,
             "measured": self.measured,
             "samples": samples,
+            "layers": [{k: v for k, v in x.items() if k in SHOWN} for x in read_anatomy(output)["layers"]],
             "history": history,
             "recipe": self.recipe.model_dump(mode="json"),
         }

@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError, nearest
+from ..requirements import Requirement
 from .checkpoints import WEIGHTS, AdapterCheckpoints
 from .optimisers import NAMES, by_name
 from .recipe import Recipe
 
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
 
 
 class AdapterTrainer(AdapterCheckpoints, Trainer):
@@ -79,11 +81,36 @@ def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> Trai
         "remove_unused_columns": False,
         "include_num_input_tokens_seen": "non_padding",
         "disable_tqdm": True,
-        "report_to": "none",
+        "report_to": [name for name in table.report_to if name != "tensorboard"] or "none",
+        "run_name": recipe.title or Path(recipe.output).name,
     }
     args = TrainingArguments(**{**values, **table.arguments})
     args._n_gpu = min(args.n_gpu, 1)  # several devices are accelerate's business, one process each
     return args
+
+
+TRACKERS = {
+    "tensorboard": Requirement("training.report_to = 'tensorboard'", "tensorboard", ">=2.10"),
+    "trackio": Requirement("training.report_to = 'trackio'", "trackio", ">=0.5"),
+    "wandb": Requirement("training.report_to = 'wandb'", "wandb", ">=0.16"),
+}
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raise `DependencyError` where what a recipe reports to is not installed."""
+    for name in recipe.training.report_to:
+        TRACKERS[name].check()
+
+
+def trackers(recipe: Recipe) -> list[TrainerCallback]:
+    """What has to be told where to write: of itself, TensorBoard's callback begins in the working directory."""
+    if "tensorboard" not in recipe.training.report_to:
+        return []
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    made: Any = TensorBoardCallback()
+    made.logging_dir = made.logging_dir or str(Path(recipe.output, LOGS))
+    return [made]
 
 
 def optimizer_maker(recipe: Recipe) -> Callable[[Any], Optimizer] | None:
