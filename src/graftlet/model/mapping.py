@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core import lifecycle
 from ..core.around import surrounds
+from ..core.host import standing
 from ..core.method import Method
 from ..core.target import walk
 from ..core.tuner import BaseTuner
@@ -72,6 +73,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model in place and return it: no wrapper around the model, adapters in its layers' dtypes.
 
+    The new adapter is the active one from then on; what learns stays as it is.
+
     state_dict: adapt just the layers that have tensors here, whatever `target_modules` says.
     """
     if peft_config.is_prompt_learning:
@@ -89,6 +92,10 @@ def inject_adapter_in_model(
     known = getattr(model, "peft_config", None)
     tuner.peft_config = dict(known) if isinstance(known, dict) else dict.fromkeys(held, peft_config)
     tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False, learn=True)
+    for host in standing(model)[0]:
+        if host.merged:
+            host.set_adapter(adapter_name)  # what is merged would go on acting
+        host.follow([adapter_name])
     model.peft_config = tuner.peft_config  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
 

@@ -324,7 +324,7 @@ class PeftModel(ManyAdapters, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = True,
         key_mapping: dict[str, str] | None = None,
-        strict: bool = True,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter (a directory, or a repository on the hub) onto a model.
@@ -333,7 +333,7 @@ class PeftModel(ManyAdapters, nn.Module):
             is_trainable: let it learn on; frozen otherwise. config: use this in place of the saved one.
             low_cpu_mem_usage: kept for callers of the reference; tensors are always made once, from the file.
             key_mapping: regexes and replacements for keys that were saved under other names.
-            strict: refuse files that do not fit whole; otherwise warn and load what fits.
+            strict: refuse files that do not fit whole, or warn and load what fits; None: `limits.STRICT_LOADS`.
             kwargs: `subfolder`, `revision`, `token`, ... of the hub; `allow_pickle`; `verify_base=True` raises where the
                 base is not the one that the adapter was saved on; `manifest=True` where there are no SHA-256 sums to compare.
 
@@ -369,16 +369,24 @@ class PeftModel(ManyAdapters, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = True,
         key_mapping: dict[str, str] | None = None,
-        strict: bool = True,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put another saved adapter beside those there are. Arguments and errors are those of `from_pretrained`.
 
-        Returns `(missing_keys, unexpected_keys)`; both empty unless `strict=False`.
+        An adapter that is there already, with the config that the file has, takes over the file's tensors: it goes on
+        where a checkpoint was written. With another config it is refused.
+
+        Returns `(missing_keys, unexpected_keys)`; both empty unless it is lenient.
         """
-        check_name(adapter_name, list(self.peft_config))
+        check_name(adapter_name, [])
         kwargs |= {"device": torch_device, "key_mapping": key_mapping}
         config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
+        if adapter_name in self.peft_config:
+            save.check_same_config(self.peft_config[adapter_name], config, adapter_name, str(model_id))
+            result = save.load_verified(self, stored, adapter_name, strict, str(model_id))
+            self._loaded(self.active_adapters, self.peft_config[self.active_adapter])
+            return result
         config.inference_mode = not is_trainable
         known, recorded = self._fingerprint, stored.metadata.get(fingerprint.KEY)
         stored = save.unfused(stored, self.get_base_model(), config, str(model_id))

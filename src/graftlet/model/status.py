@@ -12,7 +12,7 @@ from ..config import PeftConfig
 from ..core.host import AdapterHost, hosts
 from ..core.layer import AdaptedLayer
 from ..core.lifecycle import roundings
-from ..core.replace import ModulesToSave
+from ..core.replace import ModulesToSaveWrapper
 from ..core.tuner import BaseTuner
 from ..errors import CallError
 from ..weights.rounding import Rounding
@@ -73,7 +73,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     base = getattr(root_of(model), "base_model", None)
     root = base if isinstance(base, BaseTuner) else _inner(model)
-    found = [_layer(name, host) for name, host in hosts(root) if not isinstance(host, ModulesToSave)]
+    found = [_layer(name, host) for name, host in hosts(root) if not isinstance(host, ModulesToSaveWrapper)]
     if not found:
         raise CallError(f"{type(model).__name__} has no adapters on its layers; there is no status to show.")
     return found

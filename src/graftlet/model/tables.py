@@ -63,6 +63,8 @@ def _made() -> dict[str, Any]:
         "PEFT_TYPE_TO_CONFIG_MAPPING": {PeftType(e.name): e.config for e in known},
         "PEFT_TYPE_TO_TUNER_MAPPING": {PeftType(e.name): tuners[e.name] for e in known},
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": {PeftType(name): tuners[name] for name in layered},
+        "PEFT_TYPE_TO_PREFIX_MAPPING": {PeftType(e.name): e.prefix for e in known},
+        "COMPATIBLE_TUNER_TYPES": tuple(PeftType(name) for name in layered),
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": {},  # current caches have one layout for all models
         **{tuner.__name__: tuner for tuner in own.values()},
     }
