@@ -10,7 +10,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-hostile lint docs-check clean
+.PHONY: demo test test-all test-hostile test-ecosystem lint docs-check clean
 
 # A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
 $(READY): pyproject.toml Makefile
@@ -52,10 +52,14 @@ test-hostile: $(READY)
 	if $(BIN)/pip install -q atheris; then for target in header config keys pattern; do \
 	  $(BIN)/python -m tests.hostile.fuzz $$target --engine atheris --cases $(CASES) --seed $(SEED) || exit 1; done; fi
 
+# Other libraries with the drop-in and with the reference, in environments of their own: benchmarks/results/ecosystem.md
+test-ecosystem: $(READY)
+	$(BIN)/python -m tests.ecosystem
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) .ecosystem runs .pytest_cache .ruff_cache build dist src/*.egg-info

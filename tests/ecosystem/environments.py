@@ -7,8 +7,10 @@ So that whatever differs between two runs of a job comes from `peft` alone.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,5 +76,17 @@ def reference() -> Environment:
 def dropin() -> Environment:
     """The environment with Graftlet and its `peft`, both built and installed as a person would."""
     made = Environment(CACHE / "dropin").make(libraries())
-    made.pip("--no-deps", "--force-reinstall", str(ROOT), str(ROOT / "compat" / "peft"))
+    with tempfile.TemporaryDirectory() as folder:
+        made.pip("--no-deps", "--force-reinstall", *(copied(ROOT / part, Path(folder)) for part in ("", "compat/peft")))
     return made
+
+
+def copied(source: Path, folder: Path) -> str:
+    """A project as it would be built: in a place of its own, so that nothing of an earlier build is in it."""
+    target = folder / (source.name or "project")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (source / name).exists():
+            target.mkdir(exist_ok=True)
+            shutil.copy(source / name, target / name)
+    shutil.copytree(source / "src", target / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    return str(target)

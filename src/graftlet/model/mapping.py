@@ -85,7 +85,7 @@ def inject_adapter_in_model(
     if surrounds(method):
         raise ConfigError(f"{peft_config.peft_type} goes around a model's whole call as well; use get_peft_model.")
     if state_dict is not None:
-        _target_keys(peft_config, model, state_dict)
+        target_keys(peft_config, model, state_dict)
     tuner = BaseTuner(model, {})
     tuner.shared_in = [model]
     held = lifecycle.adapters_of(model)
@@ -100,7 +100,7 @@ def inject_adapter_in_model(
     return model
 
 
-def _target_keys(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> None:
+def target_keys(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> None:
     """Let a config target the modules that have an adapter's tensors among `keys`."""
     places = {p.path: p.bare for p in walk(model)}
     found: set[str] = set()

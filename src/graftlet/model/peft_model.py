@@ -19,7 +19,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
-from ..core.host import check_known, check_name, home_of
+from ..core.host import check_known, check_name, home_of, hosts
 from ..core.lifecycle import relink
 from ..core.prompt import ROWS
 from ..core.target import vocabulary
@@ -110,6 +110,17 @@ class PeftModel(ManyAdapters, nn.Module):
         if not (names := self.active_adapters):
             raise AdapterNameError("the model has no adapter any more; add or load one.")
         return names[0]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a call on this thread would be anything but the base's."""
+        if self.tuner is None:
+            return bool(self._active) and not self._prompt_off
+        return any(host.acting(current()) or (host.merged and not host.disable_adapters) for _, host in hosts(self))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter could be written as LoRA (`convert_to_lora`)."""
+        return self.tuner is not None and self.tuner.supports_lora_conversion(adapter_name)
 
     @property
     def active_peft_config(self) -> PeftConfig:

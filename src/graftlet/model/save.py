@@ -116,8 +116,8 @@ def set_peft_model_state_dict(
 def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool | None, origin: str) -> Any:
     """Fill an adapter that was just injected, after comparing all that the file has with all that the model needs.
 
-    strict (None: `limits.STRICT_LOADS`): whatever is missing, unexpected, misshaped, mistyped or not finite raises `AdapterFileError`; otherwise all of
-    it is named in a `KeysWarning`, and what fits is loaded.
+    strict (None: `limits.STRICT_LOADS`): whatever is missing, unexpected, misshaped, mistyped or not finite raises
+    `AdapterFileError`; otherwise all of it is named in a `KeysWarning`, and what fits is loaded.
     """
     model = root_of(model)
     strict = limits.STRICT_LOADS if strict is None else strict

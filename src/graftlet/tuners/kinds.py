@@ -40,7 +40,9 @@ def kind(name: str, test: Test, doc: str, among: tuple[type, ...] = ()) -> Any:
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> Any:
         if "test" in cls.__dict__:
-            raise ConfigError(f"a {cls.__name__} is not made by itself; get_peft_model or inject_adapter_in_model adapts.")
+            raise ConfigError(
+                f"a {cls.__name__} is not made by itself; get_peft_model or inject_adapter_in_model adapts."
+            )
         return object.__new__(cls)
 
     facts = {"test": staticmethod(test), "among": among, "__doc__": doc, "__new__": refuse, "__module__": __name__}

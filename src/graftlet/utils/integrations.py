@@ -21,7 +21,7 @@ def check_deepspeed_zero3_enabled() -> bool:
     """Whether DeepSpeed keeps parameters in shards in this process."""
     if importlib.util.find_spec("deepspeed") is None:
         return False
-    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     return is_deepspeed_zero3_enabled()
 
@@ -68,7 +68,10 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
 def get_bnb_param_type(param: torch.Tensor) -> Literal[False, "4bit", "8bit"]:
     """How bitsandbytes has packed a parameter; False where it has not."""
     names: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
-    return next((names[kind.__name__] for kind in type(param).__mro__ if kind.__name__ in names), False)
+    for kind in type(param).__mro__:
+        if kind.__name__ in names:
+            return names[kind.__name__]
+    return False
 
 
 def map_cache_to_layer_device_map(model: Any, cache: Any) -> None:

@@ -128,9 +128,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         return not [*module.children()] and bool(own) and all(p.requires_grad for p in own)
 
     whole = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={*blocks, Prompt, Cache})
-    return functools.partial(
-        _or_policy, policies=[functools.partial(lambda_auto_wrap_policy, lambda_fn=learns), whole]
-    )
+    return functools.partial(_or_policy, policies=[functools.partial(lambda_auto_wrap_policy, lambda_fn=learns), whole])
 
 
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]

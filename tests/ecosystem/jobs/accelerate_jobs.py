@@ -57,7 +57,9 @@ def loop(folder: Path) -> dict:
 def mixed_precision(folder: Path) -> dict:
     """bfloat16 by accelerate's autocast."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model = _model()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-WORDS = "the a cat dog bird sees hears likes runs sleeps big small red blue house tree today often never yes no".split()
+KNOWN = "the a cat dog bird sees hears likes runs sleeps big small red blue house tree today often never yes no"
+WORDS = KNOWN.split()
 
 
 def tokenizer():

@@ -229,7 +229,12 @@ def classifier(folder: Path) -> dict:
 
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, num_labels=3,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=32,
+        num_labels=3,
         initializer_range=0.3,
     )
     BertForSequenceClassification(config).save_pretrained(folder / "base")

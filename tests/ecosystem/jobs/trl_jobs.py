@@ -78,7 +78,9 @@ def sft_of_a_peft_model(folder: Path) -> dict:
     def made(steps):
         return SFTTrainer(
             model=get_peft_model(causal(), _lora(use_dora=True)),
-            args=SFTConfig(str(folder), max_length=16, eval_strategy="steps", eval_steps=5, **{**COMMON, "max_steps": steps}),
+            args=SFTConfig(
+                str(folder), max_length=16, eval_strategy="steps", eval_steps=5, **{**COMMON, "max_steps": steps}
+            ),
             train_dataset=Dataset.from_dict({"text": sentences(40)}),
             eval_dataset=Dataset.from_dict({"text": sentences(8, 9)}),
             processing_class=tokenizer(),
@@ -116,7 +118,6 @@ def sft_of_a_prompt(folder: Path) -> dict:
 
 def dpo(folder: Path) -> dict:
     """DPOTrainer: the model without its adapter is the reference."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     made = DPOTrainer(
@@ -164,7 +165,9 @@ def reward(folder: Path) -> dict:
         args=RewardConfig(str(folder), max_length=32, gradient_checkpointing=False, **COMMON),
         train_dataset=_preferences(),
         processing_class=tokenizer(),
-        peft_config=LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]),
+        peft_config=LoraConfig(
+            task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["score"]
+        ),
     )
     shake(made.model)
     made.train()
@@ -206,9 +209,7 @@ def _pairs(count: int) -> list[tuple[str, str]]:
 def _preferences():
     from datasets import Dataset
 
-    return Dataset.from_dict(
-        {"prompt": sentences(40, 1), "chosen": sentences(40, 2), "rejected": sentences(40, 3)}
-    )
+    return Dataset.from_dict({"prompt": sentences(40, 1), "chosen": sentences(40, 2), "rejected": sentences(40, 3)})
 
 
 JOBS = [sft, sft_of_everything, sft_of_a_peft_model, sft_of_a_prompt, dpo, dpo_of_an_adapter, reward, grpo]

@@ -51,19 +51,17 @@ WRAPPERS = {
     "core.host": "TrainableTokensWrapper=Shell",
     "tuners.kinds": "AuxiliaryTrainingWrapper",
 }
+WITH_DEFAULTS = (
+    "ADALORA_TARGET ADAMSS_TARGET BEFT_TARGET BOFT_TARGET C3A_TARGET DEFT_TARGET DELORA_TARGET FOURIERFT_TARGET "
+    "FROD_TARGET GLORA_TARGET GRALORA_TARGET HIRA_TARGET HRA_TARGET IA3_FEEDFORWARD IA3_TARGET LILY_TARGET "
+    "LNTUNING_TARGET LOHA_TARGET LOKR_TARGET LORA_TARGET MISS_TARGET OFT_TARGET OSF_TARGET PEANUT_TARGET POLY_TARGET "
+    "PSOFT_TARGET PVERA_TARGET RANDLORA_TARGET ROAD_TARGET SHIRA_TARGET SUPERTUNING_TARGET TINYLORA_TARGET UNILORA_TARGET "
+    "VBLORA_TARGET VERA_TARGET WAVEFT_TARGET"
+)
 DEFAULTS = {
     "utils.other": "EMBEDDING_LAYER_NAMES SEQ_CLS_HEAD_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND TOKENIZER_CONFIG_NAME "
     "DUMMY_TARGET_MODULES DUMMY_MODEL_CONFIG MIN_TARGET_MODULES_FOR_OPTIMIZATION ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES "
-    + " ".join(
-        f"TRANSFORMERS_MODELS_TO_{method}_MODULES_MAPPING"
-        for method in (
-            "ADALORA_TARGET ADAMSS_TARGET BEFT_TARGET BOFT_TARGET C3A_TARGET DEFT_TARGET DELORA_TARGET FOURIERFT_TARGET "
-            "FROD_TARGET GLORA_TARGET GRALORA_TARGET HIRA_TARGET HRA_TARGET IA3_FEEDFORWARD IA3_TARGET LILY_TARGET "
-            "LNTUNING_TARGET LOHA_TARGET LOKR_TARGET LORA_TARGET MISS_TARGET OFT_TARGET OSF_TARGET PEANUT_TARGET "
-            "POLY_TARGET PSOFT_TARGET PVERA_TARGET RANDLORA_TARGET ROAD_TARGET SHIRA_TARGET SUPERTUNING_TARGET "
-            "TINYLORA_TARGET UNILORA_TARGET VBLORA_TARGET VERA_TARGET WAVEFT_TARGET"
-        ).split()
-    ),
+    + " ".join(f"TRANSFORMERS_MODELS_TO_{method}_MODULES_MAPPING" for method in WITH_DEFAULTS.split()),
     "model.tables": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
 }
 OTHERS = {
@@ -132,6 +130,8 @@ METHODS = {
     "waveft": ("methods.waveft", "WaveFT", "WaveFTLinear"),
     "xlora": ("methods.xlora", "XLora", ""),
 }
+LAYERS = {"shadow": "layers"}
+"""Where a package's module of layers has another name."""
 PROMPTS = {
     # package, home, what its config module has, what its model module has
     "cartridge": ("methods.prompts.cartridge", "CartridgeConfig", "CartridgeEncoder"),
@@ -267,7 +267,8 @@ def packages() -> Iterator[tuple[str, dict[str, str]]]:
         layer = written(
             {"tuners.kinds": " ".join(f"{name}={package}.{name}" for name in [f"{stem}Layer", *layers.split()])}
         )
-        yield from ((f"{place}.config", config), (f"{place}.model", model), (f"{place}.layer", layer))
+        called = LAYERS.get(package, "layer")
+        yield from ((f"{place}.config", config), (f"{place}.model", model), (f"{place}.{called}", layer))
         yield place, {**config, **model, **layer}
     for package, (home, config, model) in PROMPTS.items():
         place = f"tuners.{package}"
@@ -294,7 +295,10 @@ def made() -> dict[str, dict[str, str]]:
     places[""] = {n: h for n, h in places["tuners"].items() if n not in {"MixedModel", "MultitaskPromptEmbedding"}}
     places[""] |= {n: h for place in TOP for n, h in places[place].items() if not n.startswith("Tuner")}
     places[""] |= written(TOP_NAMES, STATES, ERRORS, TYPES, CARTRIDGES, LOFTQ)
-    del places[""]["PeftConfigMixin"]
+    for name in ("PeftConfigMixin", "PEFT_TYPE_TO_PREFIX_MAPPING"):
+        del places[""][name]
+    conversion = places["utils.transformers_weight_conversion"]
+    conversion["get_model_conversion_mapping"] = "transformers.conversion_mapping:get_model_conversion_mapping"
     return places
 
 
