@@ -10,7 +10,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-hostile lint docs docs-check dist clean
+.PHONY: demo test test-all test-hostile test-ecosystem lint docs docs-check dist clean
 
 # A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
 $(READY): pyproject.toml Makefile
@@ -52,6 +52,10 @@ test-hostile: $(READY)
 	if $(BIN)/pip install -q atheris; then for target in header config keys pattern; do \
 	  $(BIN)/python -m tests.hostile.fuzz $$target --engine atheris --cases $(CASES) --seed $(SEED) || exit 1; done; fi
 
+# Other libraries with the drop-in and with the reference, in environments of their own: benchmarks/results/ecosystem.md
+test-ecosystem: $(READY)
+	$(BIN)/python -m tests.ecosystem
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +77,4 @@ dist: $(READY)
 	$(BIN)/python -m pytest tests/test_dist.py
 
 clean:
-	rm -rf $(VENV) site runs .pytest_cache .ruff_cache build dist src/*.egg-info
+	rm -rf $(VENV) .ecosystem site runs .pytest_cache .ruff_cache build dist src/*.egg-info

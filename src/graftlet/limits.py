@@ -47,3 +47,6 @@ ELEMENTS_SHARE = 16
 
 FOLLOW_LINKS = False
 """Whether an adapter's file may be a link that leads out of its directory."""
+
+STRICT_LOADS = True
+"""Whether `from_pretrained` and `load_adapter` refuse files that do not fit whole; their `strict` says it for one load."""

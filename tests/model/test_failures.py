@@ -260,10 +260,10 @@ def test_a_list_of_adapters_is_set_or_refused_whole() -> None:
     assert model.active_adapters == ["default", "other"]
 
 
-def test_an_adapter_of_the_same_name_is_not_loaded_over(folder: Path) -> None:
+def test_an_adapter_of_another_config_is_not_loaded_over(folder: Path) -> None:
     model = load(llama(), folder)
     edited(folder, lora_alpha=99)
-    refused(model, lambda: model.load_adapter(folder, "default"), AdapterNameError, "delete it first")
+    refused(model, lambda: model.load_adapter(folder, "default"), AdapterNameError, "lora_alpha=4, and 99 in the file")
     model.delete_adapter("default")
     model.load_adapter(folder, "default")
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 99 / 2

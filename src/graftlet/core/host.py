@@ -172,6 +172,12 @@ class AdapterHost(Weighted):
         """Put a tensor of the file into its place, in the place's dtype and on the layer's device."""
         raise NotImplementedError
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Where a file's tensors for an adapter stand: each key below this module in the file, and in `state_dict()`."""
+        named = [*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)]
+        places = {id(tensor): path for path, tensor in reversed(named)}
+        return {key: places[id(tensor)] for key, tensor in self.state(adapter_name).items()}
+
     def check_loaded(self, name: str) -> None:
         """Raise `AdapterFileError` where an adapter's tensors, just loaded, hold what they must not."""
 
@@ -217,6 +223,16 @@ class Shell(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module stood in for."""
+        return self.inner.base
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """As the adapted layer's, below this module."""
+        held = self.inner.adapter_state_dict_load_map(adapter_name)
+        return {f"{self.inner_name}.{key}": f"{self.inner_name}.{place}" for key, place in held.items()}
 
 
 def home_of(model: nn.Module) -> Home:

@@ -29,7 +29,7 @@ from .layer import AdaptedLayer, Branch
 from .lifecycle import relink
 from .merging import restored_on_error
 from .method import Method, Replace, Spec, View
-from .replace import ModulesToSave, Replacement
+from .replace import ModulesToSaveWrapper, Replacement
 from .target import Place
 from .tensors import Common, Networks, adapter_dtype, as_held, attribute, common_of, networks_of, split
 
@@ -337,7 +337,7 @@ def _find_host(standing: nn.Module, item: Item) -> AdapterHost | None:
 
 def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
     if item.replace is Saved:
-        return ModulesToSave(standing)
+        return ModulesToSaveWrapper(standing)
     if item.block is not None:
         return host_for(standing, item.block)
     if item.replace is not None:

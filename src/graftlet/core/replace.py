@@ -156,7 +156,7 @@ class Replacement(AdapterHost):
         self.merged_adapters = []
 
 
-class ModulesToSave(Replacement):
+class ModulesToSaveWrapper(Replacement):
     """A module named in `modules_to_save`."""
 
     def __init__(self, module: nn.Module) -> None:

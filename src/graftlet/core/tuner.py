@@ -211,6 +211,17 @@ class BaseTuner(nn.Module):
         self.pending = None
 
     @property
+    def prefix(self) -> str:
+        """What the names of an adapter's tensors begin with: the first adapter's."""
+        return next((lookup(config.peft_type).prefix for config in self.peft_config.values()), "")
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter could be written as LoRA: what it does can be told by the weights."""
+        held = [host for _, host in hosts(self.model) if adapter_name in host.adapters]
+        layers = [host for host in held if isinstance(host, AdaptedLayer)]
+        return bool(layers) and not any(host.methods[adapter_name].unmergeable for host in layers)
+
+    @property
     def active_adapters(self) -> list[str]:
         """The active adapters, in order."""
         return next((h.active_adapters for _, h in hosts(self.model) if h.active_adapters), [])

@@ -69,6 +69,30 @@ def converted(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], 
     return {**rest, **_as_held(model, config, stacks)}
 
 
+def retarget(model: nn.Module, config: PeftConfig) -> None:
+    """Let a config that names parts of single experts (`w1`) mean the stacks that the model has of them, in place."""
+    if not isinstance(config, LoraConfig) or not config.target_modules or isinstance(config.target_modules, str):
+        return
+    fusions = {target: parts for target, (parts, made) in _mapping(model)[1].items() if made <= PLAIN}
+    paths = [name for name, _ in model.named_modules()]
+    gone = {name for name in config.target_modules if not any(matches(path, [name]) for path in paths)}
+    config.target_modules = set(config.target_modules) - gone
+    for path, module in model.named_modules():
+        for target, parts in fusions.items():
+            given = [part for part in parts if part in {name.rpartition(".")[2] for name in gone}]
+            if given and target in bare(module)._parameters:
+                _target(config, f"{path}.{target}", config.r * len(given), config.lora_alpha / config.r)
+
+
+def _target(config: LoraConfig, key: str, rank: int, share: float) -> None:
+    """Let a config mean a parameter, with a rank of its own and the scaling that `share` of the rank as alpha gives."""
+    alpha = share * rank
+    config.target_parameters = [*(config.target_parameters or ()), key]
+    config.rank_pattern = {re.escape(key): rank, **(config.rank_pattern or {})}
+    own = {re.escape(key): int(alpha) if alpha == int(alpha) else alpha}
+    config.alpha_pattern = {**own, **(config.alpha_pattern or {})}
+
+
 def _paths(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     return ((_owner(key), key) for key in keys if ".lora_" in key)
 
@@ -171,13 +195,9 @@ def _describe(
     config.target_parameters = [*(config.target_parameters or ()), *sorted(f"{path}.weight" for path in left - plain)]
     for stack, targets in stacks.items():
         for target, pairs in targets.items():
-            key, rank = f"{stack}.{target}", len(pairs[0].A)
-            config.target_parameters.append(key)
+            rank = len(pairs[0].A)
             over = math.sqrt(rank) if config.use_rslora else rank
-            alpha = pairs[0].scaling * over
-            own = {re.escape(key): rank}, {re.escape(key): int(alpha) if alpha == int(alpha) else alpha}
-            config.rank_pattern = {**own[0], **(config.rank_pattern or {})}
-            config.alpha_pattern = {**own[1], **(config.alpha_pattern or {})}
+            _target(config, f"{stack}.{target}", rank, pairs[0].scaling * over / rank)
     config.lora_dropout = 0.0  # nothing goes into a stack that could be dropped
 
 

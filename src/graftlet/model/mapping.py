@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..core import lifecycle
 from ..core.around import surrounds
+from ..core.host import standing
 from ..core.method import Method
 from ..core.target import walk
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
@@ -72,6 +73,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Put an adapter into a model in place and return it: no wrapper around the model, adapters in its layers' dtypes.
 
+    The new adapter is the active one from then on; what learns stays as it is.
+
     state_dict: adapt just the layers that have tensors here, whatever `target_modules` says.
     """
     if peft_config.is_prompt_learning:
@@ -82,18 +85,22 @@ def inject_adapter_in_model(
     if surrounds(method):
         raise ConfigError(f"{peft_config.peft_type} goes around a model's whole call as well; use get_peft_model.")
     if state_dict is not None:
-        _target_keys(peft_config, model, state_dict)
+        target_keys(peft_config, model, state_dict)
     tuner = tuner_in(model)
     held = lifecycle.adapters_of(model)
     known = getattr(model, "peft_config", None)
     tuner.peft_config = dict(known) if isinstance(known, dict) else dict.fromkeys(held, peft_config)
     tuner.inject(peft_config, adapter_name, meta=low_cpu_mem_usage, widen=False, learn=True)
+    for host in standing(model)[0]:
+        if host.merged:
+            host.set_adapter(adapter_name)  # what is merged would go on acting
+        host.follow([adapter_name])
     attend(tuner)
     model.peft_config = tuner.peft_config  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
 
 
-def _target_keys(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> None:
+def target_keys(config: PeftConfig, model: nn.Module, keys: Iterable[str]) -> None:
     """Let a config target the modules that have an adapter's tensors among `keys`."""
     places = {p.path: p.bare for p in walk(model)}
     found: set[str] = set()

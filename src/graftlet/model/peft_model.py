@@ -19,7 +19,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
-from ..core.host import check_known, check_name, home_of
+from ..core.host import check_known, check_name, home_of, hosts
 from ..core.lifecycle import relink
 from ..core.prompt import ROWS
 from ..core.target import vocabulary
@@ -111,6 +111,17 @@ class PeftModel(ManyAdapters, nn.Module):
         if not (names := self.active_adapters):
             raise AdapterNameError("the model has no adapter any more; add or load one.")
         return names[0]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a call on this thread would be anything but the base's."""
+        if self.tuner is None:
+            return bool(self._active) and not self._prompt_off
+        return any(host.acting(current()) or (host.merged and not host.disable_adapters) for _, host in hosts(self))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether an adapter could be written as LoRA (`convert_to_lora`)."""
+        return self.tuner is not None and self.tuner.supports_lora_conversion(adapter_name)
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -328,7 +339,7 @@ class PeftModel(ManyAdapters, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = True,
         key_mapping: dict[str, str] | None = None,
-        strict: bool = True,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Put a saved adapter (a directory, or a repository on the hub) onto a model.
@@ -337,7 +348,7 @@ class PeftModel(ManyAdapters, nn.Module):
             is_trainable: let it learn on; frozen otherwise. config: use this in place of the saved one.
             low_cpu_mem_usage: kept for callers of the reference; tensors are always made once, from the file.
             key_mapping: regexes and replacements for keys that were saved under other names.
-            strict: refuse files that do not fit whole; otherwise warn and load what fits.
+            strict: refuse files that do not fit whole, or warn and load what fits; None: `limits.STRICT_LOADS`.
             kwargs: `subfolder`, `revision`, `token`, ... of the hub; `allow_pickle`; `verify_base=True` raises where the
                 base is not the one that the adapter was saved on; `manifest=True` where there are no SHA-256 sums to compare.
 
@@ -373,16 +384,24 @@ class PeftModel(ManyAdapters, nn.Module):
         ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = True,
         key_mapping: dict[str, str] | None = None,
-        strict: bool = True,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Put another saved adapter beside those there are. Arguments and errors are those of `from_pretrained`.
 
-        Returns `(missing_keys, unexpected_keys)`; both empty unless `strict=False`.
+        An adapter that is there already, with the config that the file has, takes over the file's tensors: it goes on
+        where a checkpoint was written. With another config it is refused.
+
+        Returns `(missing_keys, unexpected_keys)`; both empty unless it is lenient.
         """
-        check_name(adapter_name, list(self.peft_config))
+        check_name(adapter_name, [])
         kwargs |= {"device": torch_device, "key_mapping": key_mapping}
         config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
+        if adapter_name in self.peft_config:
+            save.check_same_config(self.peft_config[adapter_name], config, adapter_name, str(model_id))
+            result = save.load_verified(self, stored, adapter_name, strict, str(model_id))
+            self._loaded(self.active_adapters, self.peft_config[self.active_adapter])
+            return result
         config.inference_mode = not is_trainable
         known, recorded = self._fingerprint, stored.metadata.get(fingerprint.KEY)
         stored = save.unfused(stored, self.get_base_model(), config, str(model_id))

@@ -7,22 +7,23 @@ A load looks at the file's header first: keys, kinds and shapes are compared wit
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections import namedtuple
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import errors, pair
-from ..config import PeftConfig
+from .. import errors, limits, pair
+from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Targets
 from ..core import state
 from ..core.host import check_known, standing
 from ..core.lifecycle import adapters_of, relink
-from ..errors import AdapterFileError, KeysWarning, warn
+from ..errors import AdapterFileError, AdapterNameError, KeysWarning, shown, warn
 from ..files import TensorFile, dropped_on_error, find_file, read_pickle, settle, write_beside, write_tensors
 from ..weights.whole import made_whole
 from . import embeddings, fused, prompting
@@ -121,13 +122,14 @@ def _set(
     return LoadResult(report.missing, report.unexpected)
 
 
-def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool, origin: str) -> Any:
+def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool | None, origin: str) -> Any:
     """Fill an adapter that was just injected, after comparing all that the file has with all that the model needs.
 
-    strict: whatever is missing, unexpected, misshaped, mistyped or not finite raises `AdapterFileError`; otherwise all of
-    it is named in a `KeysWarning`, and what fits is loaded.
+    strict (None: `limits.STRICT_LOADS`): whatever is missing, unexpected, misshaped, mistyped or not finite raises
+    `AdapterFileError`; otherwise all of it is named in a `KeysWarning`, and what fits is loaded.
     """
     model = root_of(model)
+    strict = limits.STRICT_LOADS if strict is None else strict
     report = _misfit(model, adapter, given.shapes())
     complaints = report.complaints()
     if complaints and (strict or report.misshaped or report.mistyped):
@@ -152,6 +154,22 @@ def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool, o
     _fill_missing(model, adapter, report.missing)
     state.check_loaded(model, adapter, origin)
     return result
+
+
+def check_same_config(held: PeftConfig, given: PeftConfig, adapter: str, origin: str) -> None:
+    """Raise `AdapterNameError` where a file's config means another adapter than the one that is there."""
+    ours, theirs = (json.loads(config.to_json()) for config in (held, given))
+    apart = [name for name in ours if name not in NOT_COMPARED and ours[name] != theirs.get(name)]
+    if apart:
+        name = apart[0]
+        raise AdapterNameError(
+            f"adapter {adapter!r} exists already, with another config than {origin}: {name}={shown(ours[name], 60)}, and "
+            f"{shown(theirs.get(name), 60)} in the file; delete it first, choose another name, or hotswap."
+        )
+
+
+NOT_COMPARED = {f.name for kind in (PeftConfig, Targets, Excludes, Layers, FanInFanOut) for f in fields(kind)}
+"""What may differ between an adapter and a checkpoint of it: which layers it is on is told by the tensors."""
 
 
 def _misfit(model: nn.Module, adapter: str, shapes: Mapping[str, Tensor]) -> state.Fit:

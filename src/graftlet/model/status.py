@@ -12,7 +12,7 @@ from ..config import PeftConfig
 from ..core.host import AdapterHost, hosts
 from ..core.layer import AdaptedLayer
 from ..core.lifecycle import roundings
-from ..core.replace import ModulesToSave
+from ..core.replace import ModulesToSaveWrapper
 from ..core.tuner import BaseTuner
 from ..errors import CallError
 from ..weights.rounding import Rounding
@@ -73,7 +73,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """
     base = getattr(root_of(model), "base_model", None)
     root = base if isinstance(base, BaseTuner) else _inner(model)
-    found = [_layer(name, host) for name, host in hosts(root) if not isinstance(host, ModulesToSave)]
+    found = [_layer(name, host) for name, host in hosts(root) if not isinstance(host, ModulesToSaveWrapper)]
     if not found:
         raise CallError(f"{type(model).__name__} has no adapters on its layers; there is no status to show.")
     return found
@@ -116,12 +116,19 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         num_adapter_layers=len(layers),
         enabled=_same([x.enabled for x in layers], True),
         active_adapters=_same([x.active_adapters for x in layers], []),
-        merged_adapters=_same([x.merged_adapters for x in layers], []),
+        merged_adapters=_merged(layers),
         requires_grad={n: _same([x.requires_grad[n] for x in layers if n in x.requires_grad], False) for n in names},
         available_adapters=names,
         devices={n: sorted({d for x in layers for d in x.devices.get(n, [])}) for n in names},
         quantization_backend=_same([x.quantization_backend for x in layers], None),
     )
+
+
+def _merged(layers: list[TunerLayerStatus]) -> Any:
+    """The adapters that are merged wherever they are; `"irregular"` where one is merged in some of its layers only."""
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    left = {name for layer in layers for name in layer.available_adapters if name not in layer.merged_adapters}
+    return "irregular" if merged & left else sorted(merged)
 
 
 def _kind(configs: dict[str, PeftConfig]) -> str:

@@ -6,6 +6,7 @@ The tables are made when they are first asked for; methods that are registered l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ from ..core.method import Method
 from ..core.tuner import BaseTuner
 from ..errors import ConfigError
 from ..registry import Entry, entries
+from .mapping import target_keys
 
 
 class NamedTuner(BaseTuner):
-    """A `BaseTuner` for adapters of one method: `LoraModel(model, config, "default")`. Other ones raise `ConfigError`."""
+    """A `BaseTuner` for adapters of one method: `LoraModel(model, config, "default")`. Other ones raise `ConfigError`.
+
+    state_dict: adapt just the layers that have tensors here, whatever `target_modules` says.
+    """
 
     entry: Entry
 
@@ -29,12 +34,15 @@ class NamedTuner(BaseTuner):
         peft_config: PeftConfig | dict[str, PeftConfig],
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         for config in peft_config.values() if isinstance(peft_config, dict) else [peft_config]:
             if not isinstance(config, self.entry.config):
                 raise ConfigError(
                     f"{type(self).__name__} takes a {self.entry.config.__name__}; {type(config).__name__} was given."
                 )
+            if state_dict is not None:
+                target_keys(config, model, state_dict)
         super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage)
 
 
@@ -63,6 +71,8 @@ def _made() -> dict[str, Any]:
         "PEFT_TYPE_TO_CONFIG_MAPPING": {PeftType(e.name): e.config for e in known},
         "PEFT_TYPE_TO_TUNER_MAPPING": {PeftType(e.name): tuners[e.name] for e in known},
         "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": {PeftType(name): tuners[name] for name in layered},
+        "PEFT_TYPE_TO_PREFIX_MAPPING": {PeftType(e.name): e.prefix for e in known},
+        "COMPATIBLE_TUNER_TYPES": tuple(PeftType(name) for name in layered),
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": {},  # current caches have one layout for all models
         **{tuner.__name__: tuner for tuner in own.values()},
     }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core.host import Shell, check_known, commons, hosts
 from ..core.layer import AdaptedLayer
 from ..core.lifecycle import adapters_of
-from ..core.replace import ModulesToSave
+from ..core.replace import ModulesToSaveWrapper
 from ..core.svd import leading, share
 from ..core.target import by_pattern, shortened, walk
 from ..errors import CallError, ConfigError, ConversionError, ConversionWarning, listing, warn
@@ -165,7 +165,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, AdaptedLayer]:
 def _kept_whole(model: nn.Module) -> set[int]:
     """The wrappers that a LoRA adapter has too: copies of modules, and rows of tokens."""
     shells = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
-    return shells | {id(h) for _, h in hosts(model) if isinstance(h, ModulesToSave)}
+    return shells | {id(h) for _, h in hosts(model) if isinstance(h, ModulesToSaveWrapper)}
 
 
 def _bias_change(layer: AdaptedLayer, adapter: str) -> Tensor | None:
