@@ -58,17 +58,16 @@ def test_a_one_way_link_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(page).replace("[Merge](../workflows/merge.md)", "Merge") if page.name == "serving" else plain(page)
 
     monkeypatch.setattr(site, "written", without)
-    assert site.check(ROOT) == ["workflows/merge.md links to environments/serving.md, which does not link back."]
+    assert "workflows/merge.md links to environments/serving.md, which does not link back." in site.check(ROOT)
 
 
 def test_dangling_links_and_unknown_names_in_files_are_told(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
     (tmp_path / "docs" / "more.md").write_text("[gone](nowhere.md) and `graftlet explain no-such-code`\n")
-    assert site.check(tmp_path) == [
-        "more.md links to nowhere.md, which is not there.",
-        "more.md names no-such-code, which no page is of.",
-    ]
+    wrong = site.check(tmp_path)
+    assert "more.md links to nowhere.md, which is not there." in wrong
+    assert "more.md names no-such-code, which no page is of." in wrong
 
 
 def test_links_out_of_the_docs_are_mended() -> None:

@@ -51,7 +51,9 @@ def doctor(recipe: Path | None, feature: str | None, as_json: bool) -> None:
 
 def tell(recipe: Recipe) -> None:
     """One line for each heuristic that applies to a run, before it starts."""
-    console = Console(highlight=False)
+    from ..train.several import voice
+
+    console = voice(None)
     for advice in advise(recipe):
         console.print(f"note: {advice}", soft_wrap=True, markup=False)
 

@@ -104,6 +104,7 @@ PAGES = (
         features=_SEVERAL,
         alternatives=True,
         links=("cuda-training", "fine-tune"),
+        evidence=_evidence(_SEVERAL),
     ),
     Environment(
         name="serving",

@@ -123,12 +123,21 @@ def here() -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "device": device.type,
-        "memory": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        "memory": torch.cuda.get_device_properties(device).total_memory if cuda else _room(),
         "half": computes_in_bfloat16(device),
         "transformers": version_of("transformers"),
         "kernels": bool(kernels()),
         "liger": importlib.util.find_spec("liger_kernel") is not None,
     }
+
+
+def _room() -> int | None:
+    """Bytes of this machine's memory, where that can be told."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory().total
 
 
 def of_recipe(recipe: Recipe) -> Facts:

@@ -291,7 +291,7 @@ FSDP = Feature(
     "A model spread over devices by FSDP2",
     (*TORCH, needs("accelerate", ">=1.0")),
     ("torch.distributed.fsdp",),
-    ("torch.distributed.fsdp:fully_shard",),
+    ("torch.distributed.fsdp:fully_shard", "graftlet.integrations.sharding:shard"),
     several,
 )
 DEEPSPEED = Feature(

@@ -69,4 +69,17 @@ PAGES = (
         text="The laws, as functions.",
         modules=("graftlet.testing",),
     ),
+    Implementation(
+        name="integrations",
+        title="Integrations",
+        text="What other libraries' ways ask for.",
+        modules=("graftlet.integrations",),
+    ),
+    Implementation(
+        name="knowledge",
+        title="Knowledge",
+        text="Pages as data, what they are checked by, and what is foretold.",
+        modules=("graftlet.knowledge",),
+        links=("cpu", "errors"),
+    ),
 )

@@ -43,4 +43,14 @@ PAGES = (
         source="guides/new-method.md",
         links=("Delta", "OutputMap", "testing"),
     ),
+    Workflow(
+        name="distributed",
+        title="Several devices and machines",
+        source="guides/distributed.md",
+        links=("several-devices", "integrations", "train"),
+    ),
+    Workflow(
+        name="export", title="Other engines", source="guides/export.md", links=("serving", "serving-code", "merge")
+    ),
+    Workflow(name="drop-in", title="In place of the reference", source="guides/drop-in.md", links=("cpu", "fine-tune")),
 )
