@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,9 +52,9 @@ def doctor(recipe: Path | None, feature: str | None, as_json: bool) -> None:
 
 def tell(recipe: Recipe) -> None:
     """One line for each heuristic that applies to a run, before it starts."""
-    from ..train.several import voice
-
-    console = voice(None)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, which have not met yet, the first one talks
+        return
+    console = Console(highlight=False)
     for advice in advise(recipe):
         console.print(f"note: {advice}", soft_wrap=True, markup=False)
 
