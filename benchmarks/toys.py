@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -161,12 +162,12 @@ def without_kernels() -> Iterator[None]:
     """No kernels inside."""
     from graftlet.core import kernel
 
-    held, kernel.KERNELS[:] = list(kernel.KERNELS), []
+    os.environ[kernel.SWITCH] = "0"
     kernel.kernels.cache_clear()
     try:
         yield
     finally:
-        kernel.KERNELS[:] = held
+        del os.environ[kernel.SWITCH]
         kernel.kernels.cache_clear()
 
 

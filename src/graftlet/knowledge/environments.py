@@ -51,7 +51,7 @@ def _evidence(*groups: tuple[Feature, ...]) -> tuple[str, ...]:
 
 
 _CPU = (f.ADAPTERS, f.MODELS, f.RECIPE, f.GGUF, f.ADAMSS, f.STEP, f.HALF)
-_CUDA = (f.CUDA, f.MODELS, f.RECIPE, f.STEP, f.DROPOUT, f.FUSED)
+_CUDA = (f.CUDA, f.MODELS, f.RECIPE, f.STEP, f.DROPOUT, f.HALVES, f.FUSED)
 _SEVERAL = (f.FSDP, f.DEEPSPEED)
 _SERVING = (f.SERVING, f.MODELS, f.STEP)
 

@@ -277,6 +277,14 @@ DROPOUT = Feature(
     optional=True,
     note="Declines in float32, for inputs that are not contiguous, and for widths that are no multiple of a word.",
 )
+HALVES = Feature(
+    "half-precision-products",
+    "Products of float32 adapters in the base's half precision",
+    uses=("graftlet.kernels.half:forward", "graftlet.kernels.half:product", "graftlet.kernels.half:mapped"),
+    check=lambda: switched_off() or cuda(),
+    optional=True,
+    note="Declines for inputs in float32, under autocast and for transforms of functions.",
+)
 FUSED = Feature(
     "fused-operations",
     "Fused norms, rotations, gates and head (`optimize_model`)",

@@ -63,7 +63,7 @@ def see_also(page: Page) -> str:
 
 def index(kind: str) -> str:
     """The list of all pages of a kind."""
-    here, rows = index_of(kind), ["| | |", "|---|---|"]
+    here, rows = index_of(kind), ["| name | |", "|---|---|"]
     for page in of_kind(kind):
         rows.append(f"| [`{page.name}`]({_relative(here, path_of(page))}) | {_gist(page)} |")
     return f"# {KINDS[kind]}\n\n{INTROS[kind]}\n\n" + "\n".join(rows) + "\n"
