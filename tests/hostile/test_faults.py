@@ -194,13 +194,14 @@ def test_a_swap_that_fails_before_it_writes_changes_nothing(plain: Path) -> None
         assert same(before, model), at
 
 
-QUICK = ("LORA", "IA3", "VERA", "OFT", "BEFT", "SHIRA", "ADALORA", "LN_TUNING")
+QUICK = ("LORA", "PROMPT_TUNING", "SHADOW", "IA3", "VERA", "OFT", "BEFT", "SHIRA", "ADALORA", "LN_TUNING")
 """A few methods of each family; the others are slow."""
 
 
 def rows() -> Iterator[Any]:
     for one in cases():
-        if one.first and one.bench.name == ("embedding" if one.entry.name == "TRAINABLE_TOKENS" else "linear"):
+        kind = "decoder" if one.whole else "embedding" if one.entry.name == "TRAINABLE_TOKENS" else "linear"
+        if one.first and one.bench.name == kind:
             yield pytest.param(one, id=one.entry.name, marks=() if one.entry.name in QUICK else pytest.mark.slow)
 
 
