@@ -25,7 +25,7 @@ from graftlet.testing import laws
 from graftlet.testing.case import Case
 from graftlet.testing.laws import LAWS
 from tests.laws.cases import cases
-from tests.model.models import Net, adapted, facts, llama, lora, same, save
+from tests.model.models import Net, adapted, facts, llama, load, logits, lora, same, save
 
 
 class Broken(RuntimeError):
@@ -183,24 +183,39 @@ def test_unmerging_that_fails_can_be_done_again(state: Callable[[], Any]) -> Non
         assert all(torch.equal(t, wanted[k]) for k, t in model.state_dict().items())
 
 
-def test_a_swap_that_fails_before_it_writes_changes_nothing(plain: Path) -> None:
+@pytest.mark.parametrize("rank", [1, 2, 5], ids=["lower", "same", "higher"])
+def test_a_swap_that_fails_changes_nothing(rank: int, tmp_path: Path) -> None:
+    save(adapted(llama(), lora(r=rank, init_lora_weights=False)), tmp_path)
+
+    def make() -> Any:
+        return perturbed(adapted(llama(), lora(r=2)))
+
+    torch.manual_seed(3)
     with quiet(), Faults() as counted:
-        hotswap_adapter(make_outside(lambda: adapted(llama(), lora())), str(plain), "default")
-    model = adapted(llama(), lora())
-    before = facts(model)
-    for at in range(1, counted.count + 1, max(1, counted.count // 25)):
+        hotswap_adapter(make_outside(make), str(tmp_path), "default")
+    torch.manual_seed(3)
+    model = make()
+    before, parameters, y = facts(model), list(model.parameters()), logits(model)
+    for at in [*range(1, counted.count, max(1, counted.count // 25)), *range(counted.count - 12, counted.count + 1)]:
         with quiet(), pytest.raises(Exception), Faults(at):  # noqa: B017
-            hotswap_adapter(model, str(plain), "default")
+            hotswap_adapter(model, str(tmp_path), "default")
         assert same(before, model), at
+        assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True)), at
+        assert torch.equal(logits(model), y), at
+    with quiet():
+        hotswap_adapter(model, str(tmp_path), "default")
+    wanted = load(llama(), tmp_path)
+    torch.testing.assert_close(logits(model), logits(wanted))
 
 
-QUICK = ("LORA", "IA3", "VERA", "OFT", "BEFT", "SHIRA", "ADALORA", "LN_TUNING")
+QUICK = ("LORA", "PROMPT_TUNING", "SHADOW", "IA3", "VERA", "OFT", "BEFT", "SHIRA", "ADALORA", "LN_TUNING")
 """A few methods of each family; the others are slow."""
 
 
 def rows() -> Iterator[Any]:
     for one in cases():
-        if one.first and one.bench.name == ("embedding" if one.entry.name == "TRAINABLE_TOKENS" else "linear"):
+        kind = "decoder" if one.whole else "embedding" if one.entry.name == "TRAINABLE_TOKENS" else "linear"
+        if one.first and one.bench.name == kind:
             yield pytest.param(one, id=one.entry.name, marks=() if one.entry.name in QUICK else pytest.mark.slow)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import graftlet
 from graftlet.core.traffic import Traffic
 from graftlet.errors import BusyError, GraftletError
 from tests.hostile.tools import saved
@@ -154,6 +155,32 @@ def test_a_change_inside_a_call_beside_others_is_refused_rather_than_waiting_for
     all_of(call, both)
     with traffic.call(), traffic.change():  # alone it may
         pass
+
+
+def test_a_change_of_a_bare_model_waits_for_its_calls() -> None:
+    model: Any = graftlet.inject_adapter_in_model(lora(), llama())
+    inside, order = threading.Event(), list[str]()
+
+    def slowly(*_: Any) -> None:
+        inside.set()
+        time.sleep(0.3)
+
+    model.model.layers[1].register_forward_hook(slowly)
+
+    def call() -> None:
+        model(IDS)
+        order.append("call")
+
+    def change() -> None:
+        inside.wait(5)
+        graftlet.inject_adapter_in_model(lora(), model, "other")
+        order.append("change")
+
+    all_of(call, change)
+    assert order == ["call", "change"]
+    with pytest.raises(IndexError):
+        model(IDS + 10**6)
+    graftlet.inject_adapter_in_model(lora(), model, "third")  # a call that failed is over
 
 
 def test_copies_begin_without_traffic() -> None:

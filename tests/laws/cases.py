@@ -6,14 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from graftlet.core.method import Replace
+import torch
+
+from graftlet.core.method import Method
 from graftlet.methods.variants.bdlora import BdLoraConfig
 from graftlet.methods.variants.kasa import KasaConfig
 from graftlet.methods.variants.monteclora import MontecloraConfig
 from graftlet.methods.variants.velora import VeloraConfig
 from graftlet.registry import Entry, entries
-from graftlet.testing.benches import BENCHES, Bench
+from graftlet.testing.benches import Bench
 from graftlet.testing.case import Case
+from graftlet.testing.check import benches
 
 SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     "LORA": {
@@ -126,10 +129,24 @@ SETTINGS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "POLY": {"plain": {"r": 2}, "split": {"r": 2, "n_splits": 2}},
     "XLORA": {},  # works with other adapters, on whole models
+    "PROMPT_TUNING": {"plain": {}},
+    "P_TUNING": {
+        "plain": {"encoder_hidden_size": 5},
+        "lstm": {"encoder_hidden_size": 5, "encoder_reparameterization_type": "LSTM"},
+    },
+    "PREFIX_TUNING": {"plain": {}, "projection": {"prefix_projection": True, "encoder_hidden_size": 5}},
+    "MULTITASK_PROMPT_TUNING": {"plain": {"num_tasks": 3, "num_ranks": 2}},
+    "CPT": {"plain": {"cpt_token_ids": [1, 2, 3, 4, 5], "cpt_tokens_type_mask": [1, 2, 2, 3, 4], "num_virtual_tokens": 5}},
+    "CARTRIDGE": {"plain": {"num_frozen_tokens": 1}, "free": {"num_frozen_tokens": 0}},
+    "ADAPTION_PROMPT": {"plain": {"adapter_len": 3, "adapter_layers": 2}},
+    "SHADOW": {"plain": {"r": 3}, "narrow": {"r": 3, "shadow_hidden_size": 4}},
     "SUPERTUNING": {"plain": {"sparsity": 0.5}, "supra": {"sparsity": 0.6, "r": 2, "select_top": False}},
 }  # fmt: skip
 
-CALLS: dict[tuple[str, str], dict[str, Any]] = {("LORA", "alora"): {"alora_offsets": [2, 3, 1, 2]}}
+CALLS: dict[tuple[str, str], dict[str, Any]] = {
+    ("LORA", "alora"): {"alora_offsets": [2, 3, 1, 2]},
+    ("MULTITASK_PROMPT_TUNING", "plain"): {"task_ids": torch.tensor([2, 0, 1, 2])},
+}
 """What a call needs beside its inputs."""
 
 OTHER: dict[str, dict[str, Any]] = {"TRAINABLE_TOKENS": {"token_indices": [0, 2]}}
@@ -146,6 +163,9 @@ CROSSING = {("LORA", "grouped"), ("BEFT", "no-bias")}
 
 REBASED = {("LORA", "pissa"), ("LORA", "olora"), ("LORA", "kasa")}
 """Settings that start by moving a part of the base weight into the adapter."""
+
+IDLE = {"SHADOW": ("layers.2.shadow_update",)}
+"""Tensors that the format has and nothing teaches: the last block's next state, which no block takes."""
 
 _CONVOLUTIONS = {"conv1", "conv2", "conv3", "grouped", "pointwise", "dilated"}
 _EMBEDDINGS = {"embedding", "scaled-embedding", "padded-embedding"}
@@ -183,11 +203,11 @@ def settings_of(entry: Entry) -> dict[str, dict[str, Any]]:
 
 
 def cases() -> Iterator[Case]:
-    """Every method that acts on layers, with all its settings, on every kind of layer that it says it works on."""
+    """Every method, with all its settings, on every kind of layer that it says it works on, or on a whole model."""
     for entry in entries():
         for setting in settings_of(entry):
-            for bench in BENCHES.values():
-                fits = issubclass(entry.method, Replace) or bench.kind in entry.sites
+            for bench in benches(entry):
+                fits = not issubclass(entry.method, Method) or bench.kind in entry.sites
                 if fits and bench.name not in REFUSED.get((entry.name, setting), ()):
                     yield case(entry, setting, bench)
 
@@ -206,4 +226,5 @@ def case(entry: Entry, setting: str, bench: Bench) -> Case:
         neutral=key not in UNNEUTRAL,
         mergeable=key not in UNMERGED and (entry.name, bench.name) not in CROSSING,
         rebased=key in REBASED,
+        idle=IDLE.get(entry.name, ()),
     )

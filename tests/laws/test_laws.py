@@ -29,11 +29,12 @@ def table(*, quick: Callable[[Case], bool] = always, only: Callable[[Case], bool
 
 def representative(case: Case) -> bool:
     """Plain settings on every common layer, and every setting on a linear one."""
-    return (case.bench.common and case.first) or case.bench.name == "linear"
+    return (case.bench.common and case.first) or case.bench.name in ("linear", "decoder")
 
 
 def linear(case: Case) -> bool:
-    return case.bench.name == ("embedding" if case.entry.name == "TRAINABLE_TOKENS" else "linear") and case.first
+    kind = "decoder" if case.whole else "embedding" if case.entry.name == "TRAINABLE_TOKENS" else "linear"
+    return case.bench.name == kind and case.first
 
 
 @table(quick=representative)
@@ -95,6 +96,16 @@ def test_an_adapter_may_have_any_name(case: Case, name: str) -> None:
     laws.an_adapter_may_have_any_name(case, name)
 
 
+@table(quick=linear)
+def test_a_deleted_adapter_leaves_the_others_and_the_base(case: Case) -> None:
+    laws.a_deleted_adapter_leaves_the_others_and_the_base(case)
+
+
+@table(quick=representative)
+def test_the_same_seed_gives_the_same_bytes(case: Case) -> None:
+    laws.the_same_seed_gives_the_same_bytes(case)
+
+
 @table(quick=representative)
 def test_saved_and_loaded_it_is_equal(case: Case) -> None:
     laws.saved_and_loaded_it_is_equal(case)
@@ -115,7 +126,7 @@ def test_copied_and_pickled_it_is_equal(case: Case) -> None:
     laws.copied_and_pickled_it_is_equal(case)
 
 
-@table(quick=representative)
+@table(quick=representative, only=LAWS[laws.made_on_meta_it_has_no_memory_until_loaded])
 def test_made_on_meta_it_has_no_memory_until_loaded(case: Case) -> None:
     laws.made_on_meta_it_has_no_memory_until_loaded(case)
 
@@ -126,6 +137,6 @@ def test_it_compiles_without_a_graph_break(case: Case) -> None:
 
 
 @pytest.mark.slow
-@table(only=linear)
+@table(only=lambda c: linear(c) and LAWS[laws.it_compiles_for_training](c))
 def test_it_compiles_for_training(case: Case) -> None:
     laws.it_compiles_for_training(case)

@@ -262,6 +262,19 @@ def test_a_bare_model_learns_with_gradient_checkpointing(model: Any, injected: A
         torch.testing.assert_close(grad, grads[name], msg=name)
 
 
+@pytest.mark.slow
+def test_a_compiled_bare_model_acts_the_same(injected: Any) -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(injected, backend="eager")
+    torch.testing.assert_close(logits(compiled, input_ids=IDS), logits(injected, input_ids=IDS))
+    assert current() is None
+    plain: Any = graftlet.inject_adapter_in_model(config(alora_invocation_tokens=None), llama())
+    perturb(plain.eval(), by=0.5)
+    torch._dynamo.reset()
+    whole: Any = torch.compile(plain, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(whole, input_ids=IDS), logits(plain, input_ids=IDS))
+
+
 def test_a_bare_models_failed_call_leaves_nothing_behind(injected: Any) -> None:
     y = logits(injected, input_ids=IDS)
     for wrong in ({"input_ids": IDS, "alora_offsets": [1, 2]}, {"input_ids": IDS + 10**6}):

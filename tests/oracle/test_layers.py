@@ -15,8 +15,8 @@ from .reference import Pair, adapt, output
 
 pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
 
-CASES = [pytest.param(c, id=str(c)) for c in cases() if c.setting != "qalora"]
-"""All but what the reference has for layers of GPTQ alone, which has tests of its own."""
+CASES = [pytest.param(c, id=str(c)) for c in cases() if c.setting != "qalora" and not c.whole]
+"""All on layers, but what the reference has for layers of GPTQ alone, which has tests of its own."""
 
 ANY = "any setting"
 FORWARD = {

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quantised layers that tests run on: every back end whose package is here and works on this machine."""
+"""The quantised layers that tests run on; a back end that is not here is skipped (`conftest.py`)."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import shutil
 import time
@@ -23,10 +24,11 @@ def present(package: str) -> bool:
         return False
 
 
+@functools.cache
 def compiles() -> bool:
     """Whether quanto can build what unpacks its small integers, as it does at first use; a lock that a killed build left
     behind is taken away, since all later ones would wait for it."""
-    if not present("optimum.quanto") or not (shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++"))):
+    if not (shutil.which("ninja") and (shutil.which("c++") or shutil.which("g++"))):
         return False
     spec = importlib.util.find_spec("optimum.quanto")
     assert spec is not None
@@ -52,6 +54,15 @@ class Backend:
     call: float
     rounding: float
     copies: bool = True
+    builds: bool = False
+    """It builds its kernels at first use."""
+
+    @property
+    def missing(self) -> str:
+        """Why it cannot be used here; empty where it can."""
+        if not present(self.needs):
+            return f"{self.needs} is not installed"
+        return "no compiler and ninja, with which quanto builds its kernels" if self.builds and not compiles() else ""
 
     def __str__(self) -> str:
         return self.name
@@ -141,23 +152,19 @@ def quanto(weights: str) -> Any:
 
 
 BACKENDS = [
-    b
-    for b in [
-        Backend("nf4", "bitsandbytes", four_bit("nf4", False), 1e-5, 0.11),
-        Backend("nf4-double", "bitsandbytes", four_bit("nf4", True), 1e-5, 0.11),
-        Backend("nf4-words", "bitsandbytes", four_bit("nf4", True, torch.bfloat16), 1e-5, 0.11),
-        Backend("nf4-brain", "bitsandbytes", four_bit("nf4", True, dtype=torch.bfloat16), 2e-2, 0.11),
-        Backend("fp4", "bitsandbytes", four_bit("fp4", True), 1e-5, 0.15),
-        Backend("int8", "bitsandbytes", eight_bit, 2e-2, 0.02),
-        Backend("ao-int8", "torchao", torchao(int8), 1e-5, 0.02),
-        Backend("ao-int8-brain", "torchao", torchao(int8, torch.bfloat16), 2e-2, 0.02),
-        Backend("ao-fp8", "torchao", torchao(fp8), 1e-5, 0.04),
-        Backend("ao-int4", "torchao", torchao(int4), 1e-5, 0.11),
-        Backend("ao-nvfp4", "torchao", torchao(nvfp4), 1e-5, 0.13),
-        Backend("quanto-int8", "optimum.quanto", quanto("qint8"), 1e-5, 0.02, False),
-        Backend("quanto-fp8", "optimum.quanto", quanto("qfloat8"), 1e-5, 0.04, False),
-        Backend("quanto-int4", "optimum.quanto", quanto("qint4"), 1e-5, 0.15, False),
-        Backend("quanto-int2", "optimum.quanto", quanto("qint2"), 1e-5, 0.6, False),
-    ]
-    if present(b.needs) and (b.name not in ("quanto-int4", "quanto-int2") or compiles())
+    Backend("nf4", "bitsandbytes", four_bit("nf4", False), 1e-5, 0.11),
+    Backend("nf4-double", "bitsandbytes", four_bit("nf4", True), 1e-5, 0.11),
+    Backend("nf4-words", "bitsandbytes", four_bit("nf4", True, torch.bfloat16), 1e-5, 0.11),
+    Backend("nf4-brain", "bitsandbytes", four_bit("nf4", True, dtype=torch.bfloat16), 2e-2, 0.11),
+    Backend("fp4", "bitsandbytes", four_bit("fp4", True), 1e-5, 0.15),
+    Backend("int8", "bitsandbytes", eight_bit, 2e-2, 0.02),
+    Backend("ao-int8", "torchao", torchao(int8), 1e-5, 0.02),
+    Backend("ao-int8-brain", "torchao", torchao(int8, torch.bfloat16), 2e-2, 0.02),
+    Backend("ao-fp8", "torchao", torchao(fp8), 1e-5, 0.04),
+    Backend("ao-int4", "torchao", torchao(int4), 1e-5, 0.11),
+    Backend("ao-nvfp4", "torchao", torchao(nvfp4), 1e-5, 0.13),
+    Backend("quanto-int8", "optimum.quanto", quanto("qint8"), 1e-5, 0.02, False),
+    Backend("quanto-fp8", "optimum.quanto", quanto("qfloat8"), 1e-5, 0.04, False),
+    Backend("quanto-int4", "optimum.quanto", quanto("qint4"), 1e-5, 0.15, False, True),
+    Backend("quanto-int2", "optimum.quanto", quanto("qint2"), 1e-5, 0.6, False, True),
 ]

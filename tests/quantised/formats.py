@@ -39,7 +39,9 @@ class Format:
 
     @property
     def missing(self) -> str:
-        return ", ".join(n for n in self.needs if importlib.util.find_spec(n) is None)
+        """Why there is none here; empty where there is."""
+        names = ", ".join(n for n in self.needs if importlib.util.find_spec(n) is None)
+        return f"{names} is not installed" if names else ""
 
     def __str__(self) -> str:
         return self.name

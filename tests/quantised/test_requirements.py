@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from torch import nn
@@ -13,6 +16,11 @@ from torch import nn
 from graftlet.errors import DependencyError
 from graftlet.requirements import REQUIREMENTS, Requirement
 from graftlet.weights import storage
+
+from . import backends
+from .backends import BACKENDS, Backend
+from .conftest import pytest_collection_modifyitems
+from .formats import Format
 
 
 def test_versions_are_compared_as_numbers() -> None:
@@ -31,6 +39,38 @@ def test_a_package_that_is_too_old_is_named(name: str, monkeypatch: pytest.Monke
     said = str(caught.value)
     for part in (needed.feature, needed.package, "0.0.1.dev0+cpu", needed.versions, f'pip install "{needed.package}'):
         assert part in said
+
+
+@pytest.mark.parametrize("name", REQUIREMENTS)
+def test_a_package_that_is_missing_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    needed = REQUIREMENTS[name]
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    with pytest.raises(DependencyError) as caught:
+        needed.check()
+    said = f"{needed.feature} needs {needed.package} {needed.versions}, which is not installed. {needed.command}"
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["back end", "builds", "format"])
+def test_what_is_missing_is_skipped_with_its_reason(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {
+        "back end": Backend("x", "no_such_package.here", copy.copy, 0, 0),
+        "builds": Backend("x", "torch", copy.copy, 0, 0, builds=True),
+        "format": Format("x", ("torch", "no_such_package"), copy.copy, 0, 0),
+    }[kind]
+    monkeypatch.setattr(backends, "compiles", lambda: False)
+    marks: list[Any] = []
+    item = SimpleNamespace(callspec=SimpleNamespace(params={"form": given, "x": 1}), add_marker=marks.append)
+    plain = SimpleNamespace(add_marker=marks.append)
+    pytest_collection_modifyitems([item, plain])
+    said = {"builds": "no compiler and ninja, with which quanto builds its kernels"}
+    names = {"back end": "no_such_package.here", "format": "no_such_package"}
+    expected = said.get(kind) or f"{names[kind]} is not installed"
+    assert [m.mark.kwargs["reason"] for m in marks] == [expected]
+    assert not any(b.missing for b in BACKENDS if b.needs == "torch")
 
 
 def test_a_back_end_that_is_too_old_is_refused_as_its_layer_is_met(monkeypatch: pytest.MonkeyPatch) -> None:

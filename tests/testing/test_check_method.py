@@ -14,8 +14,10 @@ from torch import Tensor
 from graftlet import registry
 from graftlet.config import PeftConfig, Targets
 from graftlet.core.method import OutputMap, Spec, View, Weights
+from graftlet.core.prompt import ROWS
 from graftlet.errors import ConfigError, MergeError, UnknownMethodError
-from graftlet.methods.prompts.prompt_tuning import PromptEmbedding
+from graftlet.methods.prompts.prompt_tuning import PromptEmbedding, PromptTuningConfig
+from graftlet.methods.shadow import Shadow
 from graftlet.testing import BENCHES, Case, check_method, laws
 from graftlet.weights.site import Conv, Embedding, Linear, Site
 
@@ -185,5 +187,63 @@ def test_what_cannot_be_checked_is_refused(register) -> None:
     register(Gain, sites=())
     with pytest.raises(ConfigError, match="registered for no kind of layer"):
         check_method(Gain)
-    with pytest.raises(ConfigError, match="the laws are for methods that act on layers"):
-        check_method(PromptEmbedding)
+    with pytest.raises(ConfigError, match="sites has Linear"):
+        check_method(PromptEmbedding, sites=[Linear])
+
+
+# methods beside the layers, and on blocks
+
+
+@dataclass(kw_only=True)
+class OwnPromptConfig(PromptTuningConfig):
+    pass
+
+
+class Fading(PromptEmbedding):
+    """A prompt whose file has something else than it acts by."""
+
+    def saved(self) -> dict[str, Tensor]:
+        return {ROWS: self.rows() * 0.9}
+
+
+class Greedy(PromptEmbedding):
+    """A prompt that sees the other rows of a batch."""
+
+    def prompt(self, batch: int, given: Any) -> Tensor:
+        return self.rows().expand(batch, -1, -1) * batch
+
+
+class Fixed(PromptEmbedding):
+    """A prompt that leaves a tensor untaught."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.idle = torch.nn.Parameter(torch.zeros(2))
+
+
+def test_a_prompt_method_gets_its_laws_by_registering() -> None:
+    counts = check_method(PromptEmbedding)
+    assert counts["saved_and_loaded_it_is_equal"] == counts["a_mixed_batch_gives_each_row_its_adapter"] == 1
+    assert counts["forward_is_the_operation_with_the_transformed_weight"] == 0
+    assert counts["a_new_adapter_changes_nothing"] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "law"),
+    [
+        (Fading, "saved_and_loaded_it_is_equal"),
+        (Greedy, "a_mixed_batch_gives_each_row_its_adapter"),
+        (Fixed, "only_declared_tensors_get_gradients"),
+    ],
+)
+def test_a_prompt_that_breaks_a_law_is_told(kind: type, law: str, register: Any) -> None:
+    register(kind, config=OwnPromptConfig)
+    with pytest.raises(AssertionError, match=law):
+        check_method(kind)
+
+
+def test_a_method_on_blocks_gets_its_laws_by_registering() -> None:
+    counts = check_method(Shadow, {"r": 3}, idle=["layers.2.shadow_update"])
+    assert counts["disabled_equals_the_base"] == counts["made_on_meta_it_has_no_memory_until_loaded"] == 1
+    with pytest.raises(AssertionError, match="only_declared_tensors_get_gradients"):
+        check_method(Shadow, {"r": 3})

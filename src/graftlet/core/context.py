@@ -135,6 +135,11 @@ def current() -> Call | None:
     return _local.call
 
 
+def put(call: Call | None) -> None:
+    """Make `call` the context from now on."""
+    _local.call = call
+
+
 @contextmanager
 def using(call: Call | None) -> Iterator[None]:
     """Make `call` the context until the block ends."""

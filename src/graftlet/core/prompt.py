@@ -29,6 +29,7 @@ class Prompt(nn.Module):
 
     law: ClassVar[str] = "one"
     unmergeable: ClassVar[str | None] = "it changes no weight"
+    exact_start: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()
     embedding: nn.Embedding

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,11 +23,11 @@ from ..core.context import Call, current, using
 from ..core.host import bare, check_known
 from ..core.method import Spec
 from ..core.prompt import CACHES, IGNORED
-from ..core.target import HEADS
 from ..errors import CallError, UnsupportedLayerError, UnsupportedOptionError
 from ..registry import method
+from .parts.heads import classified, head_name, last
 from .parts.mirror import block_paths, decoder_of, mirror, standalone, takes, width_of
-from .parts.paired import follower, pair
+from .parts.paired import cache_in, follower, pair
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection", "shadow_head"
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -186,15 +185,6 @@ def shares(config: ShadowConfig, backbone: nn.Module, model: nn.Module) -> bool:
     return config.share_embeddings and same and takes(backbone, ("inputs_embeds",)) is not None
 
 
-def head_name(model: nn.Module) -> str | None:
-    """The path of a model's head: of the classifier, or of the output embedding; None where it has neither."""
-    if (name := next((n for n in HEADS[::-1] if n in model._modules), None)) is not None:
-        return name
-    ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
-    return next((n for n, m in model.named_modules() if m is head), None)
-
-
 def started(p: Held, model: Any, ids: Tensor | None, given: Mapping[str, Any]) -> tuple[Tensor, Any]:
     """The first state `[rows, tokens, width]`, and the small decoder's cache."""
     backbone, projection = p.network(BACKBONE), p.network(PROJECTION)
@@ -216,11 +206,6 @@ def started(p: Held, model: Any, ids: Tensor | None, given: Mapping[str, Any]) -
     state = out.last_hidden_state
     made = cache_in({name: getattr(out, name, None) for name in CACHES})
     return state if projection is None else projection(state), made
-
-
-def cache_in(given: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, or outputs; None where there is none."""
-    return next((found for name in CACHES if (found := given.get(name)) is not None), None)
 
 
 def injected(p: Held, h: Tensor, s: Tensor) -> Tensor:
@@ -254,20 +239,3 @@ def own_loss(p: Held, model: Any, first: Tensor, given: Mapping[str, Any]) -> Te
         return None
     logits = model.get_output_embeddings()(first)[:, :-1]
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED)
-
-
-def last(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The state of each row's last token that is no padding, `[rows, width]`."""
-    if mask is None:
-        return states[:, -1]
-    places = torch.arange(mask.shape[1], device=mask.device)
-    return states[torch.arange(len(states), device=states.device), (mask.ne(0) * places).argmax(-1).to(states.device)]
-
-
-def classified(logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss of a regression, of one class a row, or of several, by the labels' shape and kind."""
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).flatten())
-    if not labels.is_floating_point():
-        return F.cross_entropy(logits, labels.flatten())
-    return F.binary_cross_entropy_with_logits(logits, labels)

@@ -86,7 +86,7 @@ class Lead:
 def acting(model: Any) -> dict[str, Prompt]:
     """The encoders that serve this call, by adapter. Raises `CallError` where they cannot be mixed."""
     call = current()
-    rows = (model.active_adapter,) if call is None or call.rows is None else call.rows
+    rows = model.active_adapters[:1] if call is None or call.rows is None else call.rows
     found = {name: model.prompt_encoder[name] for name in rows if name != BASE}
     kinds = {isinstance(encoder, Cache) for encoder in found.values()}
     if len(kinds) > 1:

@@ -11,21 +11,24 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
-from ..core.host import check_known, check_name, home_of, hosts
+from ..core.host import check_known, check_name, home_of, hosts, standing
 from ..core.lifecycle import relink
 from ..core.prompt import ROWS
 from ..core.target import vocabulary
 from ..core.traffic import calling, changes
 from ..core.tuner import BaseTuner, Before
-from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError
+from ..errors import AdapterFileError, AdapterNameError, CallError, ConfigError, MergeWarning, listing, warn
 from ..files import check_apart
 from ..weights.whole import in_parts, is_writer
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
@@ -198,6 +201,18 @@ class PeftModel(ManyAdapters, nn.Module):
             self.set_adapter(left, self.peft_config[left[0]].inference_mode)
 
     # call
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module's. Warns where active adapters are merged: they act by the base's weights, and nothing learns."""
+        if mode and (
+            merged := {n for host in standing(self)[0] for n in host.merged_adapters if n in host.active_adapters}
+        ):
+            warn(
+                MergeWarning,
+                f"adapters {listing(sorted(merged))} are merged into the base's weights, where they cannot learn; "
+                "unmerge_adapter() before training.",
+            )
+        return super().train(mode)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The adapted model's output.

@@ -81,6 +81,23 @@ def _keys_in_memory(model: nn.Module, adapter: str) -> dict[str, str]:
     return found
 
 
+class Factored:
+    """What a layer holds of an adapter, before it may get factors of another rank."""
+
+    def __init__(self, layer: AdaptedLayer, adapter: str) -> None:
+        self.layer, self.adapter = layer, adapter
+        self.rank, self.specs = layer.__dict__["r"][adapter], layer.specs[adapter]
+        held = {name: layer.tensor(adapter, name) for name in self.specs}
+        self.tensors = {name: (tensor, tensor.detach().clone()) for name, tensor in held.items()}
+
+    def restore(self) -> None:
+        """Put it back: the very tensors, with what was in them."""
+        self.layer.__dict__["r"][self.adapter], self.layer.specs[self.adapter] = self.rank, self.specs
+        for name, (tensor, value) in self.tensors.items():
+            tensor.copy_(value)
+            self.layer.put(self.adapter, name, tensor, self.specs[name])
+
+
 @dataclass
 class Exchange:
     """What a swap writes, worked out before. held: layers that get factors of another rank, as a view of the file's."""
@@ -100,9 +117,12 @@ class Exchange:
         """Do it; where it fails, what was there is put back."""
         before = [(place, place.clone()) for place, _ in self.copies]
         settings = [(layer, name, _copied(layer.__dict__[name][self.adapter])) for layer, name, _ in self.settings]
+        held = [Factored(layer, self.adapter) for layer, _ in self.held]
         try:
             self._write()
         except BaseException:
+            for layer in held:
+                layer.restore()
             for place, value in before:
                 place.copy_(value)
             for layer, setting, value in settings:

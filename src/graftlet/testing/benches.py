@@ -8,13 +8,15 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..core.host import commons, hosts
 from ..core.layer import AdaptedLayer
+from ..core.prompt import Prompt
+from ..core.tensors import Box
 from ..weights import site as sites
 
 BATCH = 4
@@ -100,6 +102,18 @@ class Bench:
             return tuple(x.to(dtype) if x.is_floating_point() else x for x in self.inputs())
 
 
+class Decoder:
+    """The kind of a whole model that makes text, for methods that act beside its layers or on its blocks."""
+
+
+class WholeBench(Bench):
+    """A whole model of transformers in place of a layer."""
+
+    def model(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+        with seeded(seed):
+            return self.make().to(dtype).eval()
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's random numbers from `seed`, and afterwards as if nothing had been drawn."""
@@ -132,6 +146,16 @@ def _ids() -> tuple[Tensor, ...]:
 
 def _attention() -> tuple[Tensor, ...]:
     return tuple(torch.randn(BATCH, 5, INNER) for _ in range(3))
+
+
+def _decoder() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=TOKENS, hidden_size=INNER, intermediate_size=OUTER, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
 
 
 def _image(dims: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -197,17 +221,34 @@ BENCHES: dict[str, Bench] = {
 }
 
 
+WHOLE: dict[str, Bench] = {
+    b.name: b
+    for b in [WholeBench("decoder", Decoder, _decoder, _ids, {"task_type": "CAUSAL_LM"}, needs="transformers")]
+    if importlib.util.find_spec(b.needs)
+}
+"""For methods on whole models: prompts, and those around blocks."""
+
+
 def layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of a model, by path."""
     return {path: host for path, host in hosts(model) if isinstance(host, AdaptedLayer)}
 
 
 def learning(model: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """All that an adapter trains in layers, in a fixed order: what each layer has, then what they share."""
+    """All that an adapter trains, in a fixed order: what each layer or block has, then what they share, then its prompt."""
     own = [h.trainable(adapter) for _, h in hosts(model) if adapter in h.adapters]
     found = [tensors[key] for tensors in own for key in sorted(tensors)]
     shared = [box.tensors(adapter) for _, box in commons(model)]
-    return found + [t for tensors in shared for t in tensors.values() if isinstance(t, nn.Parameter)]
+    found += [t for tensors in shared for t in tensors.values() if isinstance(t, nn.Parameter)]
+    own_prompt = prompt_of(model, adapter)
+    held = [] if own_prompt is None else own_prompt.named_parameters()
+    return found + [p for n, p in held if own_prompt is not None and not n.startswith(own_prompt.frozen)]
+
+
+def prompt_of(model: nn.Module, adapter: str = "default") -> Prompt | None:
+    """What a prompt method puts before a model's input; None for a method of another kind."""
+    box = model._modules.get("prompt_encoder")
+    return cast(Prompt, box[adapter]) if isinstance(box, Box) and adapter in box else None
 
 
 @torch.no_grad()

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..config import PeftConfig
+from ..core.around import Block
 from ..core.method import Replace
+from ..core.prompt import Prompt
 from ..registry import Entry
 from .benches import Bench
 
@@ -21,7 +23,8 @@ class Case:
     call: what a call needs beside its inputs. first: these are the method's own plain settings.
     neutral, mergeable: where False, these settings on this layer change the model from the start, or have no merged form,
         although the method's default does not, or has one.
-    rebased: they start by moving a part of the base weight into the adapter.
+    rebased: they start by moving a part of the base weight into the adapter. idle: parts of the names of tensors that the
+        format has and nothing teaches.
     """
 
     entry: Entry = field(repr=False)
@@ -34,6 +37,7 @@ class Case:
     neutral: bool = True
     mergeable: bool = True
     rebased: bool = False
+    idle: tuple[str, ...] = ()
 
     @property
     def key(self) -> tuple[str, str]:
@@ -44,6 +48,11 @@ class Case:
     def replaces(self) -> bool:
         """The method swaps whole modules, and has no weight function."""
         return issubclass(self.entry.method, Replace)
+
+    @property
+    def whole(self) -> bool:
+        """The method acts on a whole model: beside its layers, or on its blocks."""
+        return issubclass(self.entry.method, (Prompt, Block))
 
     @property
     def merges(self) -> bool:
@@ -59,6 +68,7 @@ class Case:
         """A new config. Where the format has no field for bare parameters, they are named on the object."""
         known = {f.name for f in fields(self.entry.config)}
         targets = {"target_modules": ["l"]} if self.replaces else self.bench.targets
+        targets = {**targets, "num_virtual_tokens": 3} if "num_virtual_tokens" in known else targets
         values = {**targets, **self.values, **changes}
         config = self.entry.config(**{k: v for k, v in values.items() if k in known})
         for name in values.keys() - known:

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.method import Method, Replace
 from ..errors import ConfigError, MergeError, StartWarning, UnknownMethodError, UnsupportedLayerError, listing
 from ..registry import Entry, entries
-from .benches import BENCHES
+from .benches import BENCHES, WHOLE, Bench
 from .case import Case
 from .laws import LAWS, ONCE, Law
 from .running import adapted
@@ -23,8 +23,10 @@ def check_method(
     sites: Sequence[type] | None = None,
     *,
     other: Mapping[str, Any] | None = None,
+    call: Mapping[str, Any] | None = None,
     neutral: bool = True,
     rebased: bool = False,
+    idle: Sequence[str] = (),
 ) -> dict[str, int]:
     """Check that a registered method keeps every law, on tiny layers of each kind that it works on.
 
@@ -34,14 +36,19 @@ def check_method(
     declared and nothing else; saved, loaded, copied, pickled, made without memory and compiled, it is the same. It takes
     some seconds a kind of layer; compilation, the slowest, is checked on the first layer of each set of settings.
 
+    A method beside the layers (a prompt) or on blocks is checked on a tiny decoder of transformers, by the laws that have no
+    weight in them.
+
     Args:
         method: the class that `@method` registered.
         settings: fields of its config that fit layers of 8 inputs and 12 outputs, or several such sets; none for the
             config's defaults.
+        call: what a call needs beside its inputs.
         sites: the kinds of layer to check, of those it is registered for; None for all.
         other: fields that a second adapter must have otherwise to stand beside the first.
         neutral: False where these settings change the model from the start although the method's default does not.
         rebased: True where they start by moving a part of the base weight into the adapter.
+        idle: parts of the names of tensors that the format has and nothing teaches.
 
     Returns:
         On how many layers and settings each law was checked; 0 where the method has nothing that the law speaks of.
@@ -53,7 +60,7 @@ def check_method(
     """
     entry = _entry(method)
     kinds = _kinds(entry, sites)
-    facts = {"other": other or {}, "neutral": neutral, "rebased": rebased}
+    facts = {"other": other or {}, "call": call or {}, "neutral": neutral, "rebased": rebased, "idle": tuple(idle)}
     many = [settings] if isinstance(settings, Mapping) else list(settings) or [{}]
     counts, broken = {law.__name__: 0 for law in LAWS}, []
     with warnings.catch_warnings():
@@ -73,14 +80,17 @@ def _entry(method: type) -> Entry:
     found = next((e for e in entries() if e.method is method), None)
     if found is None:
         raise UnknownMethodError(f"{method.__name__} is not registered; put @method(name, Config, sites=...) on it.")
-    if not issubclass(method, (Method, Replace)):
-        raise ConfigError(f"{method.__name__} is a {found.family}; the laws are for methods that act on layers.")
     return found
 
 
+def benches(entry: Entry) -> list[Bench]:
+    """What a method is checked on: layers, or a whole model for one that acts beside them or on blocks."""
+    return list((BENCHES if issubclass(entry.method, (Method, Replace)) else WHOLE).values())
+
+
 def _kinds(entry: Entry, sites: Sequence[type] | None) -> list[type]:
-    known = {bench.kind for bench in BENCHES.values()}
-    allowed = known if issubclass(entry.method, Replace) else set(entry.sites)
+    known = {bench.kind for bench in benches(entry)}
+    allowed = set(entry.sites) if issubclass(entry.method, Method) else known
     asked = set(sites or allowed & known)
     if wrong := [k.__name__ for k in asked if k not in allowed & known]:
         names = listing(sorted(k.__name__ for k in allowed & known))
@@ -91,7 +101,7 @@ def _kinds(entry: Entry, sites: Sequence[type] | None) -> list[type]:
 
 
 def _cases(entry: Entry, kinds: list[type], facts: dict[str, Any]) -> Iterator[Case]:
-    for bench in BENCHES.values():
+    for bench in benches(entry):
         if bench.kind in kinds:
             case = Case(entry, bench=bench, **facts)
             fitted = _fitted(case) if bench.narrow else case

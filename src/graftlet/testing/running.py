@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.prompt import Prompt
 from ..model.mapping import get_peft_model
 from ..model.peft_model import PeftModel
 from .benches import agree, layers, perturb, seeded
@@ -75,12 +77,36 @@ def second(model: PeftModel, case: Case, name: str = "other") -> None:
 @torch.no_grad()
 def run(model: Callable[..., Any], case: Case, dtype: torch.dtype = SINGLE, **kwargs: Any) -> Tensor:
     """A model's output for the case's example."""
-    return model(*case.bench.example(dtype), **case.call, **kwargs)
+    return output(model, case, dtype, **kwargs)
 
 
+def output(model: Callable[..., Any], case: Case, dtype: torch.dtype = SINGLE, **kwargs: Any) -> Tensor:
+    """That with a gradient; of a whole model the logits of the call's own tokens."""
+    given = case.bench.example(dtype)
+    found = model(*given, **case.call, **kwargs)
+    return found.logits[:, -given[0].shape[1] :] if case.whole else found
+
+
+def loss(model: Callable[..., Any], case: Case) -> Tensor:
+    """A whole model's own loss, to which a method may add; of a layer one that every entry of its output counts in."""
+    given = case.bench.example()
+    if case.whole:
+        return model(*given, labels=given[0], **case.call).loss
+    y = output(model, case)
+    return (y * torch.randn_like(y)).sum()
+
+
+@torch.no_grad()
 def base_output(case: Case, dtype: torch.dtype = SINGLE) -> Tensor:
     """The output without any adapter."""
-    return run(case.bench.model(dtype), case, dtype)
+    bare = case.bench.model(dtype)
+    return output(bare, replace(case, call={}), dtype)
+
+
+def stripped(model: PeftModel, case: Case) -> nn.Module:
+    """A copy of a model's base without its adapters."""
+    copied = copy.deepcopy(model)
+    return copied.get_base_model() if issubclass(case.entry.method, Prompt) else copied.unload()
 
 
 @torch.no_grad()
@@ -109,5 +135,5 @@ def merged_weights(model: PeftModel) -> dict[str, tuple[Tensor, Tensor | None]]:
 def gradients(call: Callable[..., Tensor], model: PeftModel, case: Case) -> dict[str, Tensor]:
     """The gradients of a loss of `call`, which runs `model`, by parameter."""
     model.zero_grad()
-    call(*case.bench.example(), **case.call).square().sum().backward()
+    output(call, case).square().sum().backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

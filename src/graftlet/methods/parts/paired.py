@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from ...core.prompt import CACHES
 
 BOTH = ("reset", "reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
 """What changes a cache's rows or lengths."""
@@ -48,3 +50,8 @@ def _both(own: Callable[..., Any], name: str) -> Callable[..., Any]:
         return own(self, *args, **kwargs)
 
     return both
+
+
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, or outputs; None where there is none."""
+    return next((found for name in CACHES if (found := given.get(name)) is not None), None)

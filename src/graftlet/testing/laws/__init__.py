@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...core.prompt import Prompt
 from ..case import Case
 from .acting import (
     a_new_adapter_changes_nothing,
@@ -27,8 +28,10 @@ from .keeping import (
     its_tensors_move_to_another_model,
     made_on_meta_it_has_no_memory_until_loaded,
     saved_and_loaded_it_is_equal,
+    the_same_seed_gives_the_same_bytes,
 )
 from .several import (
+    a_deleted_adapter_leaves_the_others_and_the_base,
     a_mixed_batch_gives_each_row_its_adapter,
     an_adapter_may_have_any_name,
     two_active_adapters_follow_the_declared_law,
@@ -46,7 +49,12 @@ def mergeable(case: Case) -> bool:
 
 def weighted(case: Case) -> bool:
     """The method has a function on the weight."""
-    return not case.replaces
+    return not case.replaces and not case.whole
+
+
+def beside(case: Case) -> bool:
+    """The method acts on layers, or on blocks: not on what goes into the model."""
+    return not issubclass(case.entry.method, Prompt)
 
 
 def transforms(case: Case) -> bool:
@@ -68,13 +76,15 @@ LAWS: dict[Law, Callable[[Case], bool]] = {
     two_active_adapters_follow_the_declared_law: transforms,
     a_mixed_batch_gives_each_row_its_adapter: always,
     an_adapter_may_have_any_name: always,
+    a_deleted_adapter_leaves_the_others_and_the_base: always,
+    the_same_seed_gives_the_same_bytes: always,
     saved_and_loaded_it_is_equal: always,
     its_tensors_move_to_another_model: always,
     its_config_survives_json: always,
     copied_and_pickled_it_is_equal: always,
-    made_on_meta_it_has_no_memory_until_loaded: always,
-    it_compiles_without_a_graph_break: lambda case: case.bench.name != "attention",
-    it_compiles_for_training: always,
+    made_on_meta_it_has_no_memory_until_loaded: beside,
+    it_compiles_without_a_graph_break: lambda case: case.bench.name != "attention" and not case.whole,
+    it_compiles_for_training: lambda case: not case.whole,
 }
 """Every law, and which cases it holds for."""
 

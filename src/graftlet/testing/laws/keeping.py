@@ -7,15 +7,17 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ...config import PeftConfig
+from ...errors import ConfigError
 from ...model.peft_model import PeftModel
 from ...model.save import get_peft_model_state_dict, set_peft_model_state_dict
-from ..benches import near, perturb
+from ..benches import learning, near, perturb, prompt_of
 from ..case import Case
-from ..running import SINGLE, adapted, expect, fresh, gradients, run, same, scratch
+from ..running import SINGLE, adapted, expect, fresh, gradients, refuses, run, same, scratch
 
 
 def saved_and_loaded_it_is_equal(case: Case) -> None:
@@ -39,10 +41,27 @@ def its_tensors_move_to_another_model(case: Case) -> None:
     expect(tensors, "tensors to save")
     other = fresh(case)
     perturb(other, seed=9)
+    prompt = prompt_of(other)
+    if prompt is not None and len(prompt.saved()) < len(learning(other, "default")):
+        refuses(
+            ConfigError, lambda: set_peft_model_state_dict(other, tensors), "rows for a prompt that a network makes"
+        )
+        return
     result = set_peft_model_state_dict(other, tensors)
     expect(not result.missing_keys, f"no missing keys, not {result.missing_keys}")
     expect(not result.unexpected_keys, f"no unexpected keys, not {result.unexpected_keys}")
     same(run(other, case), run(model, case), "a model with another's tensors acts the same")
+
+
+def the_same_seed_gives_the_same_bytes(case: Case) -> None:
+    files = []
+    for _ in range(2):
+        with scratch() as folder:
+            fresh(case).save_pretrained(folder)
+            files.append({p.name: p.read_bytes() for p in Path(folder).rglob("adapter_*") if p.is_file()})
+    expect(files[0].keys() == files[1].keys() and len(files[0]) > 1, f"a config and weights, not {sorted(files[0])}")
+    for name, text in files[0].items():
+        expect(text == files[1][name], f"the same bytes in {name} from the same seed")
 
 
 def its_config_survives_json(case: Case) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 from ...core.context import Call, using
 from ...core.layer import AdaptedLayer, widened
 from ...core.method import Weights
+from ...core.prompt import Prompt
 from ...errors import CallError, ConfigError
 from ...model.peft_model import PeftModel
 from ...weights.site import Attention, Parameter
 from ..benches import BATCH, layers, near
 from ..case import Case
-from ..running import SINGLE, adapted, by_weight, expect, refuses, run, same, scratch, second
+from ..running import SINGLE, adapted, by_weight, expect, refuses, run, same, scratch, second, stripped
 
 
 def two_active_adapters_follow_the_declared_law(case: Case) -> None:
@@ -60,6 +62,8 @@ def a_mixed_batch_gives_each_row_its_adapter(case: Case) -> None:
     expect(len(rows) == BATCH, f"{BATCH} rows")
 
     def mixed() -> Tensor:
+        if case.whole:
+            return run(model, case, adapter_names=rows)
         with using(Call(tuple(rows))):
             return run(model, case)
 
@@ -81,6 +85,8 @@ def mixable(case: Case) -> bool:
     """Whether rows of a batch can go through different adapters: there is one input and one output to part by rows."""
     if case.replaces:
         return case.bench.kind is not Attention
+    if case.whole:
+        return issubclass(case.entry.method, Prompt)
     return case.bench.kind is not Parameter and not case.entry.method.unmixable
 
 
@@ -95,3 +101,17 @@ def an_adapter_may_have_any_name(case: Case, name: str = "weight") -> None:
     same(run(again, case), y, f"an adapter called {name!r} is saved and loaded")
     model.delete_adapter(name)
     expect(name not in model.peft_config, f"no adapter {name!r} after it was deleted")
+
+
+def a_deleted_adapter_leaves_the_others_and_the_base(case: Case) -> None:
+    model = adapted(case)
+    y, base = run(model, case), run(stripped(model, case), replace(case, call={}))
+    second(model, case)
+    model.set_adapter("other")
+    model.delete_adapter("other")
+    same(run(model, case), y, "an adapter acts as before once one beside it is deleted")
+    model.delete_adapter("default")
+    left = [n for n, t in model.named_parameters() if ".default" in n and t.requires_grad]
+    expect(not left, f"nothing of a deleted adapter, not {left}")
+    if not case.rebased:
+        same(run(model, replace(case, call={})), base, "without its last adapter a model is its base")
