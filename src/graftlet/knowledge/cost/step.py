@@ -66,7 +66,7 @@ def _step(model: Any, learning: list[nn.Parameter], setup: Setup, book: Ledger) 
         with book.during("forward"):
             loss = _loss(model(**inputs))
         with book.during("backward"):
-            _backward(loss)
+            backward(loss)
         del loss, inputs
     for hook in hooks:
         hook.remove()
@@ -95,7 +95,7 @@ def _loss(output: Any) -> Tensor:
     return output[0].float().mean() if loss is None else loss
 
 
-def _backward(loss: Tensor) -> None:
+def backward(loss: Tensor) -> None:
     """`loss.backward()`, without leaving the modes that are on: checkpointing runs forwards again in it."""
     engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
     one = torch.ones_like(loss)
