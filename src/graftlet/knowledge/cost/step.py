@@ -27,7 +27,8 @@ def rehearse(model: Any, base: list[Tensor], setup: Setup) -> Ledger:
     model asks for numbers on the way.
     """
     vocabulary = int(getattr(setup.config.get_text_config(), "vocab_size", 0) or 0)
-    book = Ledger(kind=setup.device.kind, wide=vocabulary, says=not setup.padding)
+    routed = any("expert" in name for name in setup.config.to_dict())  # how many tokens each gets is not known
+    book = Ledger(kind=setup.device.kind, wide=vocabulary, says=not setup.padding, whole=not routed)
     with quiet(), ExitStack() as stack:
         for mode in (rehearsal(setup.device.kind), Operations(setup.device.kind, book), book):
             stack.enter_context(mode)
