@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import re
 import resource
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -195,7 +194,7 @@ def allocated(steps: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def measure(case: str, device: str) -> dict[str, Any]:
-    """One case's peak and seconds: made, and two steps taken."""
+    """One case's peak: made, and two steps taken."""
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -217,13 +216,7 @@ def measure(case: str, device: str) -> dict[str, Any]:
     else:
         peak, step = allocated(run)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        step()
-        torch.cuda.synchronize() if device == "cuda" else None
-        times.append(time.perf_counter() - begun)
-    return {"measured": peak, "resident": resident, "seconds": min(times)}
+    return {"measured": peak, "resident": resident}
 
 
 def foretold(case: str, device: str) -> dict[str, Any]:
@@ -381,8 +374,16 @@ def times(rows: list[dict[str, Any]]) -> str:
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """Every generated table of the guide, by the name of its place."""
-    rows = {"cpu": results["cpu"], "gpu": results["recorded"], "stack": results["stack"], "more": results.get("gpu")}
-    return {**{name: table(held) for name, held in rows.items() if held}, "time": times(results["recorded"])}
+    rows = {
+        "cpu": results.get("cpu"),
+        "gpu": results.get("recorded"),
+        "stack": results.get("stack"),
+        "more": results.get("gpu"),
+    }
+    return {
+        **{name: table(held) for name, held in rows.items() if held},
+        **({"time": times(results["recorded"])} if "recorded" in results else {}),
+    }
 
 
 def written(text: str, results: dict[str, Any]) -> str:
@@ -399,31 +400,27 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not options.table:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "graftlet": graftlet.__version__,
-        }
-        device = "cuda" if options.gpu else "cpu"
-        rows = []
-        for case in CASES:
-            if options.only in case:
-                rows.append({"case": case, **row(case, device), **foretold(case, device)})
-                print(f"{case:32} {rows[-1]['predicted'] / rows[-1]['measured'] - 1:+.2%}", flush=True)
-        results |= {"gpu" if options.gpu else "cpu": rows}
-        if not options.gpu:
-            results |= {
-                "date": str(datetime.date.today()),
-                "versions": versions,
-                "recorded": list(recorded()),
-                "stack": list(stacked()),
-            }
-        if not options.only:
-            warnings.simplefilter("ignore")
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if GUIDE.exists() and not options.only:
+    warnings.simplefilter("ignore")
+    if not options.table and not options.only and not options.gpu:
+        results |= {"recorded": list(recorded()), "stack": list(stacked())}
+        keep(results)
+    for case in () if options.table else CASES:
+        if options.only in case:
+            device = "cuda" if options.gpu else "cpu"
+            made = {"case": case, **row(case, device), **foretold(case, device)}
+            print(f"{case:32} {made['predicted'] / made['measured'] - 1:+.2%}", flush=True)
+            name = "gpu" if options.gpu else "cpu"
+            results[name] = [r for r in results.get(name, []) if r["case"] != case] + [made]
+            keep(results)
+    if GUIDE.exists():
         GUIDE.write_text(written(GUIDE.read_text(), results))
+
+
+def keep(results: dict[str, Any]) -> None:
+    """Write what there is so far."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "graftlet": graftlet.__version__}
+    facts = {"date": str(datetime.date.today()), "versions": versions}
+    RESULTS.write_text(json.dumps({**results, **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
