@@ -8,7 +8,8 @@
 Measured on the CPU is what torch allocates, from its profiler's record of every allocation: kernels' own scratch is in
 it, and it is the same in every run. The process's resident memory is told beside it, and is no measure: it has the
 interpreter, the libraries' code, and whatever the C library keeps of what was freed.
-The figures of `training-step.json` and `quantised-gpu.json`, which other scripts measure on a GPU, are compared as well.
+The figures of `training-step.json`, `quantised-gpu.json` and `stack-cuda.json`, which other scripts measure on a GPU, are
+compared as well.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import re
 import resource
-import subprocess
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +30,10 @@ import transformers
 from torch.autograd import DeviceType
 
 import graftlet
+from graftlet.core.kernel import rehearsal
+from graftlet.knowledge.cost.attention import Operations
+from graftlet.knowledge.cost.ledger import Ledger, parts_of
+from graftlet.knowledge.cost.step import backward
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "plan.json"
@@ -191,7 +194,7 @@ def allocated(steps: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def measure(case: str, device: str) -> dict[str, Any]:
-    """One case's peak and seconds: made, and two steps taken."""
+    """One case's peak: made, and two steps taken."""
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -213,13 +216,7 @@ def measure(case: str, device: str) -> dict[str, Any]:
     else:
         peak, step = allocated(run)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    times = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        step()
-        torch.cuda.synchronize() if device == "cuda" else None
-        times.append(time.perf_counter() - begun)
-    return {"measured": peak, "resident": resident, "seconds": min(times)}
+    return {"measured": peak, "resident": resident}
 
 
 def foretold(case: str, device: str) -> dict[str, Any]:
@@ -230,12 +227,23 @@ def foretold(case: str, device: str) -> dict[str, Any]:
 
 
 def row(case: str, device: str) -> dict[str, Any]:
-    """One case in a process of its own, so that nothing of another is in it."""
-    command = [sys.executable, __file__, "--case", case, "--device", device]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{case}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """One case in a process of its own, so that nothing of another is in it: on the CPU a copy of this one."""
+    kind = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    ours, theirs = kind.Pipe(duplex=False)
+    child = kind.Process(target=_told, args=(theirs, case, device))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        raise SystemExit(f"{case}: the process ended without a result") from None
+    finally:
+        child.join()
+
+
+def _told(pipe: Any, case: str, device: str) -> None:
+    pipe.send(measure(case, device))
+    pipe.close()
 
 
 # what other scripts measured on a GPU
@@ -295,6 +303,54 @@ def _beside(name: str, lora: dict[str, Any], how: dict[str, Any], peak: float, s
     }
 
 
+# every method on a stack of layers
+
+
+class Block(torch.nn.Module):
+    """The block of `stack.py`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(width)
+        self.l = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.l(self.norm(x))
+
+
+def stacked() -> Iterator[dict[str, Any]]:
+    """What a step takes beside what is held before it, of every method on six layers of 4,096 on a GPU (`stack.py`)."""
+    found = json.loads((HERE / "results" / "stack-cuda.json").read_text())
+    for one in found["rows"]:
+        name = {"DoRA": "LORA"}.get(one["method"], one["method"])
+        if one.get("GB", {}).get("graftlet") is None or name in BY_WEIGHTS:
+            continue
+        config = graftlet.PeftConfig.from_dict({"peft_type": name, "target_modules": ["l"], **one["fields"]})
+        peak = round(one["GB"]["graftlet"] * 1e9)
+        yield {"case": one["method"], "device": found["device"], "predicted": beside(config), "measured": peak}
+
+
+BY_WEIGHTS = {"ADAMSS"}
+"""Methods whose sizes depend on the numbers of the base's weights."""
+
+
+def beside(config: Any, layers: int = 6, width: int = 4096, tokens: int = 4096) -> int:
+    """Bytes that a step of the stack takes beside what was there."""
+    with torch.device("meta"):
+        model: Any = torch.nn.Sequential(*(Block(width) for _ in range(layers))).to(torch.bfloat16)
+        model = graftlet.get_peft_model(model, config).train()
+    book = Ledger(kind="cuda", whole=True)
+    with rehearsal("cuda"), Operations("cuda", book), book:
+        x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta")
+        book.note_all([*parts_of(model), x], "weights")
+        held = sum(h.size for h in book.held)
+        with book.during("forward"):
+            loss = model(x).float().square().mean()
+        with book.during("backward"):
+            backward(loss)
+    return book.peak().total - held
+
+
 # the guide's tables
 
 
@@ -318,48 +374,53 @@ def times(rows: list[dict[str, Any]]) -> str:
 
 def tables(results: dict[str, Any]) -> dict[str, str]:
     """Every generated table of the guide, by the name of its place."""
-    made = {"cpu": table(results["cpu"]), "gpu": table(results["recorded"]), "time": times(results["recorded"])}
-    return {**made, **({"more": table(results["gpu"])} if results.get("gpu") else {})}
+    rows = {
+        "cpu": results.get("cpu"),
+        "gpu": results.get("recorded"),
+        "stack": results.get("stack"),
+        "more": results.get("gpu"),
+    }
+    return {
+        **{name: table(held) for name, held in rows.items() if held},
+        **({"time": times(results["recorded"])} if "recorded" in results else {}),
+    }
 
 
 def written(text: str, results: dict[str, Any]) -> str:
     """The guide with its tables anew."""
     for name, made in tables(results).items():
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\g<1>\n{made}\n\n\g<2>", text, flags=re.S)
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", rf"\g<1>\n{made}\n\n\g<2>", text, flags=re.S)
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--case")
     parser.add_argument("--only", default="")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    if options.case:
-        print(json.dumps(measure(options.case, options.device)))
-        return
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not options.table:
-        versions = {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "graftlet": graftlet.__version__,
-        }
-        device = "cuda" if options.gpu else "cpu"
-        rows = []
-        for case in CASES:
-            if options.only in case:
-                rows.append({"case": case, **row(case, device), **foretold(case, device)})
-                print(f"{case:32} {rows[-1]['predicted'] / rows[-1]['measured'] - 1:+.2%}", flush=True)
-        results |= {"gpu" if options.gpu else "cpu": rows}
-        if not options.gpu:
-            results |= {"date": str(datetime.date.today()), "versions": versions, "recorded": list(recorded())}
-        if not options.only:
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    if GUIDE.exists() and not options.only:
+    warnings.simplefilter("ignore")
+    if not options.table and not options.only and not options.gpu:
+        results |= {"recorded": list(recorded()), "stack": list(stacked())}
+        keep(results)
+    for case in () if options.table else CASES:
+        if options.only in case:
+            device = "cuda" if options.gpu else "cpu"
+            made = {"case": case, **row(case, device), **foretold(case, device)}
+            print(f"{case:32} {made['predicted'] / made['measured'] - 1:+.2%}", flush=True)
+            name = "gpu" if options.gpu else "cpu"
+            results[name] = [r for r in results.get(name, []) if r["case"] != case] + [made]
+            keep(results)
+    if GUIDE.exists():
         GUIDE.write_text(written(GUIDE.read_text(), results))
+
+
+def keep(results: dict[str, Any]) -> None:
+    """Write what there is so far."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "graftlet": graftlet.__version__}
+    facts = {"date": str(datetime.date.today()), "versions": versions}
+    RESULTS.write_text(json.dumps({**results, **facts}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import graftlet
-from graftlet.core.block import BlockHost as BlockHost
-from graftlet.errors import ConfigError, NoMatchingPeftModuleError
+from graftlet.errors import ConfigError, NoMatchingPeftModuleError, StartWarning
 from graftlet.knowledge.cost.devices import Device, find_device, table
 from graftlet.knowledge.cost.estimating import PARTS, Estimate
 from graftlet.registry import Entry, entries, lookup
@@ -66,8 +67,10 @@ def config_of(entry: Entry, setting: str) -> Any:
 
 @pytest.mark.parametrize(("entry", "setting"), CASES, ids=[f"{e.name}-{s}" for e, s in CASES])
 def test_as_many_numbers_learn_as_in_the_real_model(entry: Entry, setting: str) -> None:
-    real: Any = graftlet.get_peft_model(AutoModelForCausalLM.from_config(TINY), config_of(entry, setting))
-    found = graftlet.estimate(TINY, config_of(entry, setting), batch=2, sequence=16, device="H100")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", StartWarning)
+        real: Any = graftlet.get_peft_model(AutoModelForCausalLM.from_config(TINY), config_of(entry, setting))
+    found = graftlet.estimate(TINY, config_of(entry, setting), batch=2, sequence=16, dtype="float32", device="H100")
     assert found.trainable == real.get_nb_trainable_parameters()[0]
     assert found.parameters == sum(p.numel() for p in real.parameters())
     assert found.memory.adapters >= sum(p.numel() * p.element_size() for p in real.parameters() if p.requires_grad)
@@ -85,6 +88,7 @@ def test_methods_are_left_out_for_a_reason() -> None:
 
 def allocated(run: Callable[[], Any]) -> int:
     """The most that torch held at once on the CPU while something ran."""
+    gc.collect()  # what is freed while it runs would count against it
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     profiler: Any = found.profiler
@@ -141,11 +145,11 @@ def test_every_recorded_peak_is_foretold_within_a_tenth() -> None:
     """The figures of `benchmarks/results` are measured; what is foretold of them is worked out anew here."""
     results = json.loads((ROOT / "benchmarks/results/plan.json").read_text())
     script = __import__("runpy").run_path(str(ROOT / "benchmarks/plan.py"))
-    rows = list(script["recorded"]())
+    rows = [*script["recorded"](), *script["stacked"]()]
     rows += [{**row, **script["foretold"](row["case"], "cpu")} for row in results["cpu"]]
-    assert len(rows) > 30
-    off = {row["case"]: row["predicted"] / row["measured"] - 1 for row in rows}
-    assert max(map(abs, off.values())) < 0.1, off
+    assert len(rows) > 45
+    off = [(row["case"], row["predicted"] / row["measured"] - 1) for row in rows]
+    assert all(abs(by) < 0.1 for _, by in off), off
 
 
 def small(kind: str, memory: int = 10**12) -> Device:

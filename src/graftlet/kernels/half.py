@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from ..core.kernel import autocasts, kind_of
 from ..core.method import Adding, InputMap, Stage, View
@@ -27,7 +28,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 def serves(x: Tensor) -> bool:
     """Whether half precision is worth it for an input, and nobody else sees to how operations are done."""
-    if type(x) not in (Tensor, torch.nn.Parameter) or kind_of(x) != "cuda" or x.dtype not in HALVES:
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.dtype not in HALVES or kind_of(x) != "cuda":
         return False
     transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
     return not transformed and not autocasts(x)
@@ -35,10 +36,10 @@ def serves(x: Tensor) -> bool:
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for whatever an adapter in single precision adds."""
-    if not p.casts or p.dtype == x.dtype or x.is_meta or not serves(x):
+    if not p.casts or p.dtype == x.dtype or not serves(x):
         return None
     y = before(x)
-    with torch.autocast(x.device.type, x.dtype, cache_enabled=False):
+    with Lowered(x.dtype) if x.is_meta else torch.autocast(x.device.type, x.dtype, cache_enabled=False):
         return y + method.added(p, x).to(y.dtype)
 
 
@@ -55,6 +56,27 @@ def mapped(method: InputMap, p: View, v: Tensor) -> Tensor | None:
     if not method.halves or not p.casts or p.dtype == v.dtype or not serves(v):
         return None
     return method.map(p, v)
+
+
+PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "linear", "einsum", "conv1d", "conv2d", "conv3d"}
+
+
+class Lowered(TorchFunctionMode):
+    """What autocast does to products, for tensors without data, which it passes over."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__name__", "") in PRODUCTS:
+            args = tuple(self._cast(a) for a in args)
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._cast, value))
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 class TwoHalves(torch.autograd.Function):

@@ -62,12 +62,13 @@ class Ledger(TorchDispatchMode):
     """Everything that is allocated while this mode is on, in the order in which it comes and goes.
 
     kind: of the device that it is for. wide: tensors with a last dimension of this size or more are logits. says: what a
-    condition on numbers that are not there comes to.
+    condition on numbers that are not there comes to. whole: what is chosen by numbers that are not there is all there is.
     """
 
     kind: str = "cpu"
     wide: int = 0
     says: bool = True
+    whole: bool = False
     phase: str = "start"
     now: int = 0
     held: list[Held] = field(default_factory=list)
@@ -84,6 +85,8 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return self.says if args[0].dtype == torch.bool else 0
         kwargs = kwargs or {}
+        if self.whole:
+            func, args = _choosing_all(func, args)
         made = run(func, args, kwargs)
         results = list(tensors_in(made))
         fresh = [t for t in results if self.note(t)]
@@ -178,6 +181,22 @@ def _rule(func: Any) -> Any:
     packet = func._overloadpacket
     name = packet.__name__.removesuffix("_")
     return flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, name, None))
+
+
+def _choosing_all(func: Any, args: tuple) -> tuple[Any, tuple]:
+    """A choice by conditions on numbers that are not there, as if they held for all."""
+    aten = torch.ops.aten
+    if func is aten.nonzero.default and args[0].is_meta:
+        return aten.new_empty.default, (args[0].to(torch.long), [args[0].numel(), args[0].dim()])
+    if func is aten.index.Tensor and args[0].is_meta:
+        return func, (args[0], [place for index in args[1] for place in _places(index)])
+    return func, args
+
+
+def _places(index: Tensor | None) -> list[Tensor | None]:
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [torch.empty(index.numel(), dtype=torch.long, device=index.device) for _ in range(index.dim())]
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

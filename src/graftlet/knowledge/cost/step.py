@@ -27,7 +27,8 @@ def rehearse(model: Any, base: list[Tensor], setup: Setup) -> Ledger:
     model asks for numbers on the way.
     """
     vocabulary = int(getattr(setup.config.get_text_config(), "vocab_size", 0) or 0)
-    book = Ledger(kind=setup.device.kind, wide=vocabulary, says=not setup.padding)
+    routed = any("expert" in name for name in setup.config.to_dict())  # how many tokens each gets is not known
+    book = Ledger(kind=setup.device.kind, wide=vocabulary, says=not setup.padding, whole=not routed)
     with quiet(), ExitStack() as stack:
         for mode in (rehearsal(setup.device.kind), Operations(setup.device.kind, book), book):
             stack.enter_context(mode)
@@ -66,7 +67,7 @@ def _step(model: Any, learning: list[nn.Parameter], setup: Setup, book: Ledger) 
         with book.during("forward"):
             loss = _loss(model(**inputs))
         with book.during("backward"):
-            _backward(loss)
+            backward(loss)
         del loss, inputs
     for hook in hooks:
         hook.remove()
@@ -95,7 +96,7 @@ def _loss(output: Any) -> Tensor:
     return output[0].float().mean() if loss is None else loss
 
 
-def _backward(loss: Tensor) -> None:
+def backward(loss: Tensor) -> None:
     """`loss.backward()`, without leaving the modes that are on: checkpointing runs forwards again in it."""
     engine: Any = torch.autograd.Variable._execution_engine  # pyright: ignore[reportAttributeAccessIssue]
     one = torch.ones_like(loss)

@@ -19,7 +19,7 @@ else:
     import tomli as tomllib
 
 _ASKED = re.compile(r"\s*([A-Za-z0-9][\w.-]*)\s*(?:\[[^\]]*\])?\s*\(?([^;#)]*)\)?(?:;([^#]*))?")
-_VERSION = re.compile(r"v?\d+(\.\d+)+\S*")
+_VERSION = re.compile(r"v?\d+(\.\d+)+[\w.+!-]*")
 SEEKING = {"find_spec", "is_installed", "_is_package_available", "is_available", "importorskip"}
 VERSIONS = {"version", "parse", "Version", "LooseVersion", "check_version", "require_version", "is_torch_version"}
 
