@@ -212,6 +212,71 @@ UNSHARED = {"saved": graftlet.errors.UnsupportedLayerError, "prefix": graftlet.e
 """A head that is shared out cannot be copied; each process has keys and values of its own heads alone."""
 
 
+def qlora(folder: str, names: str) -> None:
+    """A base in 4 bits, its packed numbers in parts, beside one that is whole and sees all rows."""
+    from transformers import BitsAndBytesConfig
+
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )  # fmt: skip
+    folder = str(Path(folder, "base"))
+
+    def load() -> Any:
+        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=packed, device_map={"": "cpu"})
+        torch.manual_seed(0)
+        made = graftlet.get_peft_model(model, METHODS["lora"]())
+        moved(made)
+        return made
+
+    one, several = load(), shard(load())
+    weight = several.get_base_model().model.layers[0].self_attn.k_proj.weight
+    assert weight.to_local().numel() * dist.get_world_size() == weight.numel()
+    fit(several)
+    optimizer = optimizer_of(one)
+    for number in range(STEPS):
+        one(input_ids=batch(number), labels=batch(number)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours, theirs = map(graftlet.get_peft_model_state_dict, (several, one))
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-6
+
+
+def policies(folder: str, names: str) -> None:
+    """Half precision, and parts that stay in main memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    halves = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for options in ({"mp_policy": halves}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+        model = shard(adapted("lora"), **options)
+        before = graftlet.get_peft_model_state_dict(model)
+        after = graftlet.get_peft_model_state_dict(fit(model))
+        assert all(t.dtype == torch.float32 and not t.equal(before[k]) for k, t in after.items())
+        whole = graftlet.get_peft_model_state_dict(fit(adapted("lora")))
+        assert after.keys() == whole.keys()
+
+
+def zero(folder: str, names: str) -> None:
+    """DeepSpeed's stages."""
+    import deepspeed
+
+    for stage in (1, 2, 3):
+        for name in names.split(","):
+            model = adapted(name)
+            settings = {
+                "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(), "zero_allow_untested_optimizer": True,
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "zero_force_ds_cpu_optimizer": False,
+            }  # fmt: skip
+            optimizer = optimizer_of(model)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+            for number in range(STEPS):
+                ids = part(number)
+                engine.backward(engine(input_ids=ids, labels=ids).loss)
+                engine.step()
+            model.save_pretrained(Path(folder, f"{name}-zero{stage}"), is_main_process=dist.get_rank() == 0)
+
+
 class PowerCut(TrainerCallback):
     """The end of all processes after a step."""
 
@@ -258,6 +323,9 @@ FSDP = {
 """What `accelerate launch --use_fsdp --fsdp_version 2` tells the processes that it starts."""
 
 JOBS: dict[str, Callable[..., None]] = {
+    "qlora": qlora,
+    "policies": policies,
+    "zero": zero,
     "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
 }  # fmt: skip
 
