@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,14 +88,15 @@ def test_what_is_pushed_is_the_adapter(tmp_path: Path, monkeypatch: pytest.Monke
     """The hub's stand-in notes what a folder holds as it is uploaded."""
     pushed: list[set[str]] = []
 
-    def upload(folder_path: str, **kwargs: Any) -> None:
-        pushed.append({p.name for p in Path(folder_path).iterdir() if p.is_file()})
+    class Hub:
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
 
-    class Repository:
-        repo_id = "me/adapter"
+        def upload_folder(self, folder_path: str, **_: Any) -> Any:
+            pushed.append({p.name for p in Path(folder_path).iterdir() if p.is_file()})
+            return SimpleNamespace(is_done=lambda: True, done=lambda: True, result=lambda: None)
 
-    monkeypatch.setattr("transformers.trainer.create_repo", lambda *_, **__: Repository())
-    monkeypatch.setattr("transformers.trainer.upload_folder", upload)
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     monkeypatch.setattr("transformers.trainer.is_peft_available", lambda: False)
     made = trainer(
         tmp_path, push_to_hub=True, hub_model_id="me/adapter", hub_strategy="all_checkpoints", hub_always_push=True
