@@ -277,6 +277,42 @@ def zero(folder: str, names: str) -> None:
             model.save_pretrained(Path(folder, f"{name}-zero{stage}"), is_main_process=dist.get_rank() == 0)
 
 
+def private_bytes() -> int:
+    """Memory of this process that is no file's."""
+    told = Path("/proc/self/status").read_text()
+    return int(told.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def loaded(folder: str, names: str) -> None:
+    """A base that is shared out as it is read, and a saved adapter put on top: no process ever holds all of it."""
+    from transformers.distributed import DistributedConfig
+
+    before, size = private_bytes(), Path(folder, "large", "model.safetensors").stat().st_size
+    shares = DistributedConfig(fsdp_size=dist.get_world_size())
+    model: Any = LlamaForCausalLM.from_pretrained(Path(folder, "large"), distributed_config=shares)
+    held = sum(p.to_local().nbytes for p in model.parameters())
+    assert held < size / dist.get_world_size() * 1.05
+    assert private_bytes() - before < 0.8 * size
+    ids = batch(0)[:, :4]
+    model = graftlet.PeftModel.from_pretrained(model, Path(folder, "large-adapter"), is_trainable=True)
+    theirs = torch.load(Path(folder, "large-logits.pt"))
+    assert torch.allclose(model(input_ids=ids).logits, theirs, atol=1e-4)
+    model.save_pretrained(Path(folder, "large-again"))
+    dist.barrier()
+    assert apart(Path(folder, "large-adapter"), Path(folder, "large-again")) == 0
+
+
+def large(folder: str) -> None:
+    """What `loaded` loads."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 32}
+    model = base(**sizes)
+    model.save_pretrained(Path(folder, "large"))
+    adapted = graftlet.get_peft_model(model, METHODS["dora"]())
+    moved(adapted)
+    adapted.save_pretrained(Path(folder, "large-adapter"))
+    torch.save(adapted(input_ids=batch(0)[:, :4]).logits.detach(), Path(folder, "large-logits.pt"))
+
+
 class PowerCut(TrainerCallback):
     """The end of all processes after a step."""
 
@@ -326,6 +362,7 @@ JOBS: dict[str, Callable[..., None]] = {
     "qlora": qlora,
     "policies": policies,
     "zero": zero,
+    "loaded": loaded,
     "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
 }  # fmt: skip
 

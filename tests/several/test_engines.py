@@ -74,3 +74,24 @@ def test_every_kind_of_method_on_every_engine(tmp_path: Path, processes: int) ->
     launch("+".join(ENGINES), processes, tmp_path, ",".join(names), timeout=1200)
     for engine in ENGINES:
         agree(tmp_path, names, engine)
+
+
+@pytest.mark.slow
+def test_half_precision_main_memory_and_four_bits_under_fsdp2(tmp_path: Path) -> None:
+    jobs.alone(str(tmp_path), "lora")
+    launch("policies+qlora", 2, tmp_path, "lora", timeout=900)
+
+
+@pytest.mark.slow
+def test_no_process_holds_the_whole_base_as_it_is_loaded(tmp_path: Path) -> None:
+    jobs.large(str(tmp_path))
+    launch("loaded", 2, tmp_path, "", timeout=900)
+
+
+@pytest.mark.slow
+def test_deepspeed_trains_the_adapter_of_one_process(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    jobs.alone(str(tmp_path), ",".join(QUICK))
+    launch("zero", 2, tmp_path, ",".join(QUICK), timeout=900, DS_ACCELERATOR="cpu")
+    for stage in (1, 2, 3):
+        agree(tmp_path, QUICK, f"zero{stage}")
