@@ -256,27 +256,6 @@ def policies(folder: str, names: str) -> None:
         assert after.keys() == whole.keys()
 
 
-def zero(folder: str, names: str) -> None:
-    """DeepSpeed's stages."""
-    import deepspeed
-
-    for stage in (1, 2, 3):
-        for name in names.split(","):
-            model = adapted(name)
-            settings = {
-                "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(), "zero_allow_untested_optimizer": True,
-                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-                "zero_force_ds_cpu_optimizer": False,
-            }  # fmt: skip
-            optimizer = optimizer_of(model)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-            for number in range(STEPS):
-                ids = part(number)
-                engine.backward(engine(input_ids=ids, labels=ids).loss)
-                engine.step()
-            model.save_pretrained(Path(folder, f"{name}-zero{stage}"), is_main_process=dist.get_rank() == 0)
-
-
 def private_bytes() -> int:
     """Memory of this process that is no file's."""
     told = Path("/proc/self/status").read_text()
@@ -361,7 +340,6 @@ FSDP = {
 JOBS: dict[str, Callable[..., None]] = {
     "qlora": qlora,
     "policies": policies,
-    "zero": zero,
     "loaded": loaded,
     "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
 }  # fmt: skip
