@@ -39,7 +39,7 @@ def test_sms_spam(tmp_path: Path) -> None:
     assert (data["train"]["examples"], data["test"]["examples"]) == (320, 200)
 
 
-@pytest.mark.parametrize("name", ["function-calling", "short-answers"])
+@pytest.mark.parametrize("name", ["function-calling", "short-answers", "plain-answers"])
 def test_the_other_recipes_run_on_a_few_examples(name: str, tmp_path: Path) -> None:
     few = ["data.train=8", "data.test=2", "data.validation=4", "training.max_steps=2", "evaluation.samples=1"]
     summary = carry_out(f"{name}.toml", tmp_path / "out", *few, "evaluation.max_new_tokens=16")

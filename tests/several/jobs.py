@@ -212,6 +212,86 @@ UNSHARED = {"saved": graftlet.errors.UnsupportedLayerError, "prefix": graftlet.e
 """A head that is shared out cannot be copied; each process has keys and values of its own heads alone."""
 
 
+def qlora(folder: str, names: str) -> None:
+    """A base in 4 bits, its packed numbers in parts, beside one that is whole and sees all rows."""
+    from transformers import BitsAndBytesConfig
+
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_quant_storage=torch.float32,
+    )  # fmt: skip
+    folder = str(Path(folder, "base"))
+
+    def load() -> Any:
+        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=packed, device_map={"": "cpu"})
+        torch.manual_seed(0)
+        made = graftlet.get_peft_model(model, METHODS["lora"]())
+        moved(made)
+        return made
+
+    one, several = load(), shard(load())
+    weight = several.get_base_model().model.layers[0].self_attn.k_proj.weight
+    assert weight.to_local().numel() * dist.get_world_size() == weight.numel()
+    fit(several)
+    optimizer = optimizer_of(one)
+    for number in range(STEPS):
+        one(input_ids=batch(number), labels=batch(number)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours, theirs = map(graftlet.get_peft_model_state_dict, (several, one))
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-6
+
+
+def policies(folder: str, names: str) -> None:
+    """Half precision, and parts that stay in main memory."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    halves = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for options in ({"mp_policy": halves}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}):
+        model = shard(adapted("lora"), **options)
+        before = graftlet.get_peft_model_state_dict(model)
+        after = graftlet.get_peft_model_state_dict(fit(model))
+        assert all(t.dtype == torch.float32 and not t.equal(before[k]) for k, t in after.items())
+        whole = graftlet.get_peft_model_state_dict(fit(adapted("lora")))
+        assert after.keys() == whole.keys()
+
+
+def private_bytes() -> int:
+    """Memory of this process that is no file's."""
+    told = Path("/proc/self/status").read_text()
+    return int(told.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def loaded(folder: str, names: str) -> None:
+    """A base that is shared out as it is read, and a saved adapter put on top: no process ever holds all of it."""
+    from transformers.distributed import DistributedConfig
+
+    before, size = private_bytes(), Path(folder, "large", "model.safetensors").stat().st_size
+    shares = DistributedConfig(fsdp_size=dist.get_world_size())
+    model: Any = LlamaForCausalLM.from_pretrained(Path(folder, "large"), distributed_config=shares)
+    held = sum(p.to_local().nbytes for p in model.parameters())
+    assert held < size / dist.get_world_size() * 1.05
+    assert private_bytes() - before < 0.8 * size
+    ids = batch(0)[:, :4]
+    model = graftlet.PeftModel.from_pretrained(model, Path(folder, "large-adapter"), is_trainable=True)
+    theirs = torch.load(Path(folder, "large-logits.pt"))
+    assert torch.allclose(model(input_ids=ids).logits, theirs, atol=1e-4)
+    model.save_pretrained(Path(folder, "large-again"))
+    dist.barrier()
+    assert apart(Path(folder, "large-adapter"), Path(folder, "large-again")) == 0
+
+
+def large(folder: str) -> None:
+    """What `loaded` loads."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "max_position_embeddings": 32}
+    model = base(**sizes)
+    model.save_pretrained(Path(folder, "large"))
+    adapted = graftlet.get_peft_model(model, METHODS["dora"]())
+    moved(adapted)
+    adapted.save_pretrained(Path(folder, "large-adapter"))
+    torch.save(adapted(input_ids=batch(0)[:, :4]).logits.detach(), Path(folder, "large-logits.pt"))
+
+
 class PowerCut(TrainerCallback):
     """The end of all processes after a step."""
 
@@ -258,6 +338,9 @@ FSDP = {
 """What `accelerate launch --use_fsdp --fsdp_version 2` tells the processes that it starts."""
 
 JOBS: dict[str, Callable[..., None]] = {
+    "qlora": qlora,
+    "policies": policies,
+    "loaded": loaded,
     "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,
 }  # fmt: skip
 

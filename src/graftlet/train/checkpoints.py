@@ -11,6 +11,7 @@ it exactly, on one process or on many: under DDP, FSDP2 and DeepSpeed the adapte
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.utils.generic import can_return_loss, find_labels
 
+from ..config import CONFIG_NAME
 from ..core.method import Allocator
 from ..files import find_file
 from ..model.parts import root_of
@@ -62,6 +64,13 @@ class AdapterCheckpoints:
         model = root_of(self.model)
         return model if isinstance(model, PeftModel) else None
 
+    @property
+    def adapted(self) -> PeftModel:
+        """The model with adapters that is trained."""
+        model = self._adapted()
+        assert model is not None
+        return model
+
     def _base(self) -> Any:
         model = self._adapted()
         return None if model is None else model.get_base_model()
@@ -103,6 +112,15 @@ class AdapterCheckpoints:
             save_tensors(held, Path(folder, UNFINISHED))
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if (
+            self._adapted() is not None and self.args.should_save
+        ):  # a Trainer copies these where the reference is installed
+            for name in (CONFIG_NAME, WEIGHTS):
+                if (file := Path(checkpoint_folder, name)).is_file():
+                    shutil.copy(file, Path(self.args.output_dir, name))
+        super()._push_from_checkpoint(checkpoint_folder)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._adapted() is None or not (self.is_deepspeed_enabled or self.is_fsdp_enabled):

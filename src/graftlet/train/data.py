@@ -22,11 +22,15 @@ ROLES = ("system", "user", "assistant", "tool", "developer")
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation that ends with an answer; `gold` is what a metric compares with where that is no text."""
+    """One conversation that ends with an answer; `gold` is what a metric compares with where that is no text.
+
+    rejected: an answer that is worse, where the data has preferences.
+    """
 
     messages: tuple[Message, ...]
     gold: Any = None
     group: str = ""
+    rejected: str | None = None
 
     @property
     def answer(self) -> str:
@@ -139,7 +143,8 @@ def _example(row: Row, table: DataTable) -> Example:
         ]
     if table.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": fill(table.system, row, "data.system")}, *messages]
-    return Example(tuple(messages), row.get("gold"), group)
+    rejected = None if table.rejected is None else fill(table.rejected, row, "data.rejected")
+    return Example(tuple(messages), row.get("gold"), group, rejected)
 
 
 def _messages(given: Any) -> list[Message]:

@@ -16,8 +16,9 @@ from ..config import PeftConfig
 from ..errors import ConfigError, listing, nearest
 from ..files import write_atomically
 from ..registry import lookup
-from .batches import Rows, feature, pack
+from .batches import Feature, Rows, feature, pack
 from .data import Example, Splits, load_splits
+from .preference import pair
 from .recipe import Recipe
 from .tokens import Encoded, Encoder
 from .trainer import CHECKPOINTS, LOGS, last_checkpoint
@@ -185,12 +186,24 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
         }
     if not rows["train"]:
         raise ConfigError(f"data.max_length = {limit}: every training example is longer.")
-    train = pack(rows["train"], limit) if recipe.training.packing else list(map(feature, rows["train"]))
+    if recipe.task == "dpo":
+        train, held_out = (_pairs(encoder, part, limit) for part in (splits.train, splits.validation))
+    else:
+        train = pack(rows["train"], limit) if recipe.training.packing else list(map(feature, rows["train"]))
+        held_out = list(map(feature, rows["validation"]))
+    if not train:
+        raise ConfigError(f"data.max_length = {limit}: every rejected answer is longer.")
     facts["train"]["rows"] = len(train)
-    validation = Rows(map(feature, rows["validation"])) if rows["validation"] else None
+    validation = Rows(held_out) if held_out else None
     if recipe.training.patience and validation is None:
         raise ConfigError(f"{recipe.place('training', 'patience')}: needs held-out examples; set data.validation.")
     return Prepared(splits, Rows(train), validation, encoder, facts)
+
+
+def _pairs(encoder: Encoder, examples: Sequence[Example], limit: int) -> list[Feature]:
+    """Both answers of each example, where neither is too long."""
+    pairs = [pair(encoder, example) for example in examples]
+    return [p for p in pairs if all(len(ids) <= limit for ids in p.values())]
 
 
 def _groups(examples: Sequence[Example]) -> dict[str, int]:

@@ -104,6 +104,8 @@ class DataTable(Table):
     prompt: str | None = None
     completion: str | None = None
     """Templates over a row's columns: `"Is this spam? {text}"`. Default: `{prompt}` and `{completion}`."""
+    rejected: str | None = None
+    """For task `dpo`: a template of an answer that is worse than `completion`."""
     chat: bool | Literal["auto"] = "auto"
     """Whether the model's chat template is used; `auto`: where it has one."""
     values: dict[str, dict[str, str]] = {}
@@ -170,6 +172,13 @@ class TrainingTable(Table):
         return self
 
 
+class PreferenceTable(Table):
+    """`[preference]`: task `dpo`, which learns from pairs of answers. The reference is the base, the adapter off."""
+
+    beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    """How far the model may go from the reference; the smaller, the further."""
+
+
 class EvaluationTable(Table):
     """`[evaluation]`: what is measured on held-out examples before and after."""
 
@@ -217,12 +226,26 @@ class Recipe(File):
     resume: bool = False
     seed: int = 0
     title: str = ""
+    task: Literal["sft", "dpo"] = "sft"
+    """What is learnt: answers, or which of two answers is better."""
     model: ModelTable
     adapter: AdapterTable = AdapterTable()
     quantization: QuantizationTable | None = None
     data: DataTable
     training: TrainingTable = TrainingTable()
+    preference: PreferenceTable | None = None
     evaluation: EvaluationTable = EvaluationTable()
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        pairs = self.task == "dpo"
+        if pairs and self.data.rejected is None:
+            raise ValueError("task = 'dpo' needs data.rejected: a template of the worse answer")
+        if pairs and self.training.packing:
+            raise ValueError("task = 'dpo' compares rows, so training.packing must be false")
+        if not pairs and (self.data.rejected is not None or self.preference is not None):
+            raise ValueError("data.rejected and [preference] are for task = 'dpo'")
+        return self
 
 
 def load_recipe(file: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -28,8 +28,9 @@ from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
 from .callbacks import Allocation, RichProgress, StopOnSignal, clock
 from .checkpoints import WEIGHTS
+from .preference import PairCollator, PreferenceTrainer
 from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data, tell_steps
-from .recipe import Recipe
+from .recipe import PreferenceTable, Recipe
 from .report import write_report
 from .score import Score, Scorer
 from .several import join, on_first, voice
@@ -112,7 +113,8 @@ class _Run:
             set_seed(self.recipe.seed)
             ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
             pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
-            self.collate = Collator(pad, ends)
+            self.pairs = self.recipe.task == "dpo"
+            self.collate: Any = PairCollator(pad) if self.pairs else Collator(pad, ends)
             batches = Batches(data.train, Collator(pad), self.recipe.training.batch_size, base.device)
             model: Any = adapted(base, config, batches, output, self.console)
             self.initial = initial_of(config, output)
@@ -165,7 +167,7 @@ class _Run:
         own: list[TrainerCallback] = [self.progress, self.stop, Allocation(), *trackers(self.recipe)]
         if table.patience:
             own.append(EarlyStoppingCallback(early_stopping_patience=table.patience))
-        trainer = AdapterTrainer(
+        trainer = self._made(
             model=model,
             args=args,
             data_collator=self.collate,
@@ -180,6 +182,12 @@ class _Run:
             batch = self.collate([data.train[i] for i in range(min(2, len(data.train)))])
             check_isolation(model, {k: batch[k].to(model.device) for k in ("input_ids", "position_ids")})
         return trainer
+
+    def _made(self, **arguments: Any) -> AdapterTrainer:
+        """The Trainer of the recipe's task."""
+        if not self.pairs:
+            return AdapterTrainer(**arguments)
+        return PreferenceTrainer(**arguments, beta=(self.recipe.preference or PreferenceTable()).beta)
 
     def _before(self, model: Any, trainer: Any) -> list[str]:
         with self.stage("measure before"), model.disable_adapter():
@@ -226,10 +234,12 @@ class _Run:
             except (ConfigError, MergeError) as why:  # not every method has a merged form
                 self.say(f"not merged: {why}")
                 return
+            if self.pairs:  # a merged model has no adapter that could be off
+                return
             self.measure("merged into the base", merged, self._fresh_loss(merged, args, data))
 
     def _fresh_loss(self, model: Any, args: Any, data: Prepared) -> float | None:
-        trainer = AdapterTrainer(model=model, args=args, data_collator=self.collate, eval_dataset=data.validation)
+        trainer = self._made(model=model, args=args, data_collator=self.collate, eval_dataset=data.validation)
         trainer.remove_callback(PrinterCallback)
         return self._loss(trainer)
 
