@@ -320,7 +320,7 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         return found
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
-        held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
+        held = {s.disk or n: self.tensor(name, n) for n, s in self.specs.get(name, {}).items() if s.trainable}
         return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, name: str) -> dict[str, Tensor]:
