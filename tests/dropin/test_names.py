@@ -155,7 +155,7 @@ UNLIKE = {
     "PeftConfig": "args kwargs task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode",
     "PeftModelForTokenClassification": "peft_config",  # None is no config
     "PeftMixedModel": "autocast_adapter_dtype low_cpu_mem_usage _init",  # a PeftModel
-    "get_eva_state_dict": "cache_file room forward_fn prepare_model_inputs_fn prepare_layer_inputs_fn",  # defaults are functions
+    "get_eva_state_dict": "cache_file room forward_fn prepare_model_inputs_fn prepare_layer_inputs_fn",
     "initialize_lora_eva_weights": "cache_file room forward_fn prepare_model_inputs_fn prepare_layer_inputs_fn",
     "load_peft_weights": "hf_hub_download_kwargs subfolder allow_pickle hub",  # named, and more of them
     "preprocess_loraga": "room show_progress_bar",
