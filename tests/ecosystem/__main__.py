@@ -85,6 +85,15 @@ def table(record: dict[str, Any]) -> str:
     )
 
 
+def keep(record: dict[str, Any], seconds: int) -> None:
+    """Write the record; the lines of libraries that were not run stay as they were."""
+    path = RESULTS / "ecosystem.json"
+    before = json.loads(path.read_text())["libraries"] if path.exists() else {}
+    record["libraries"] = {p: found for p in LIBRARIES.values() if (found := {**before, **record["libraries"]}.get(p))}
+    path.write_text(json.dumps({**record, "seconds": seconds}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(record))
+
+
 def main(only: list[str]) -> int:
     began = time.perf_counter()
     theirs, ours = environments.reference(), environments.dropin()
@@ -108,10 +117,7 @@ def main(only: list[str]) -> int:
                     "".join(f"    {entry}\n" for entry in [*job.get("apart", []), *job.get("errors", {}).values()]),
                     end="",
                 )
-    record["seconds"] = round(time.perf_counter() - began)
-    if not only:
-        (RESULTS / "ecosystem.json").write_text(json.dumps(record, indent=1) + "\n")
-        (RESULTS / "ecosystem.md").write_text(table(record))
+    keep(record, round(time.perf_counter() - began))
     return any(job["outcome"] != "the same" for facts in record["libraries"].values() for job in facts["jobs"])
 
 

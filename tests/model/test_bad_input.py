@@ -209,7 +209,8 @@ def test_names_that_are_taken_or_unknown(folder):
     before = snapshot(model)
     with pytest.raises(AdapterNameError, match="exists already"):
         model.add_adapter("default", lora())
-    with pytest.raises(AdapterNameError, match="exists already"):
+    get_peft_model(llama(), lora(r=5)).save_pretrained(folder)
+    with pytest.raises(AdapterNameError, match="exists already, with another config"):
         model.load_adapter(folder, "default")
     for act in (model.set_adapter, model.delete_adapter, lambda n: model.merge_adapter([n])):
         with pytest.raises(AdapterNameError, match="did you mean 'default'"):

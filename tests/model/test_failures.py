@@ -269,6 +269,23 @@ def test_an_adapter_of_another_config_is_not_loaded_over(folder: Path) -> None:
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 99 / 2
 
 
+def test_a_checkpoint_is_loaded_into_its_adapter(folder: Path, tmp_path: Path) -> None:
+    model = load(llama(), folder, is_trainable=True)
+    before, wanted = dict(model.named_parameters()), logits(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        for name, parameter in before.items():
+            if "lora_" in name:
+                parameter.add_(1)
+    flags = {name: parameter.requires_grad for name, parameter in before.items()}
+    result = model.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert logits(model).equal(wanted)
+    now = dict(model.named_parameters())
+    assert all(now[name] is before[name] for name in before)  # an optimizer goes on with them
+    assert {name: parameter.requires_grad for name, parameter in now.items()} == flags
+
+
 def test_without_its_last_adapter_a_model_is_its_base() -> None:
     model = adapted(llama(), lora(init_lora_weights=False))
     model.delete_adapter("default")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -15,8 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import graftlet
+from graftlet.core.host import hosts
 from graftlet.errors import AdapterFileError
-from tests.model.models import load, logits, lora, save
+from graftlet.model.conversion import (
+    build_peft_weight_mapping,
+    convert_peft_adapter_state_dict_for_transformers,
+)
+from tests.model.models import load, logits, lora, save, silent
 from tests.model.test_experts import close, gpt_oss, mixtral, on, qwen2, qwen3
 
 peft = pytest.importorskip("peft")
@@ -139,3 +145,40 @@ def test_a_model_whose_experts_were_always_fused_takes_no_single_ones(tmp_path: 
     write(tmp_path, qwen3, ["down_proj"], attention=False)
     with pytest.raises(AdapterFileError, match=r"what became of 'down_proj' in GptOssForCausalLM's fused experts"):
         load(gpt_oss(), tmp_path)
+
+
+@pytest.mark.parametrize("names", [["w1", "w2", "w3"], ["w2"], ["w1", "w3"], ["w1", "w2"], ["w3"]], ids=",".join)
+def test_transformers_own_loading_has_rules_for_them(names: list[str], tmp_path: Path) -> None:
+    """The rules for the stacks make the very tensors that a load of ours makes, at the very keys."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    model: Any = mixtral()
+    tensors = write(tmp_path, mixtral, names)
+    config = graftlet.PeftConfig.from_pretrained(tmp_path)
+    rules = build_peft_weight_mapping(get_model_conversion_mapping(model), "mine", peft_config=config)
+    wanted = convert_peft_adapter_state_dict_for_transformers(model, copy.deepcopy(config), tensors)
+    made: dict[str, Tensor] = {}
+    for rule in (r for r in rules if isinstance(r, WeightConverter)):
+        given = {}
+        for source in rule.source_patterns:
+            _, part, factor = re.findall(r"\w+\*?|\*", source.replace(".mine.weight", ""))[-3:]
+            place = f"base_model.model.model.layers.0.block_sparse_moe.experts.{{}}.{part}.{factor}.weight"
+            given[source] = [
+                tensors[place.format(n)] for n in range(len(model.model.layers[0].mlp.experts.gate_up_proj))
+            ]
+        ((made_key, value),) = rule.operations[0].convert(given, rule.source_patterns, rule.target_patterns).items()
+        made[f"base_model.model.model.layers.0.mlp{made_key.replace('.mine', '')}"] = value
+    assert made.keys() == {k for k in wanted if ".layers.0.mlp." in k}
+    assert all(made[key].equal(wanted[key]) for key in made)
+
+
+@pytest.mark.parametrize("names", [["w1", "w2", "w3"], ["gate", "w2"], ["gate", "q_proj", "w1", "w3"]], ids=",".join)
+def test_a_config_of_single_experts_is_put_on_the_stacks_in_place(names: list[str]) -> None:
+    with silent():
+        theirs = peft.get_peft_model(mixtral(), lora(peft, target_modules=names))
+    ours: Any = graftlet.inject_adapter_in_model(lora(target_modules=names), mixtral())
+    wanted = {k.removeprefix("base_model.model."): v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == wanted
+    scalings = [m.scaling["default"] for m in theirs.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert [m.scaling["default"] for _, m in hosts(ours)] == scalings

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import graftlet
-from graftlet.errors import NoMatchingPeftModuleError
+from graftlet.errors import MergeWarning, NoMatchingPeftModuleError
+from graftlet.tuners.kinds import BaseTunerLayer
 from tests.model.models import adapted, learning, llama, load, logits, lora, move, save, silent
 
 peft = pytest.importorskip("peft")
@@ -58,6 +59,8 @@ def test_an_injected_model_is_the_references() -> None:
         ours = graftlet.inject_adapter_in_model(lora(), ours, "other")
         assert set(theirs.state_dict()) == set(ours.state_dict())
         assert learning(theirs) == learning(ours)
+        place = "model.layers.0.self_attn.q_proj"
+        assert theirs.get_submodule(place).active_adapters == ours.get_submodule(place).active_adapters == ["other"]
         for name in ("default", "other")[: 1 if values else 2]:  # the reference fails on rows that another one trains
             wanted = set(peft.get_peft_model_state_dict(theirs, adapter_name=name))
             assert set(graftlet.get_peft_model_state_dict(ours, adapter_name=name)) == wanted
@@ -119,3 +122,14 @@ def test_an_adapter_may_have_any_name(name: str, tmp_path: Path) -> None:
         model.load_adapter(tmp_path / name, "other")
     model.delete_adapter(name)
     assert model.active_adapters == ["other"]
+
+
+def test_an_adapter_that_is_merged_is_unmerged_for_the_next_one() -> None:
+    model = graftlet.inject_adapter_in_model(lora(init_lora_weights=False), llama())
+    base = logits(llama())
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    with pytest.warns(MergeWarning, match="unmerged to activate other"):
+        graftlet.inject_adapter_in_model(lora(), model, "other")
+    assert logits(model).equal(base)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.site import Embedding, Linear, Site, site_of
-from ..weights.storage import PLAIN
 from .host import bare, hosts
 from .layer import AdaptedLayer
 
@@ -39,7 +38,7 @@ def dequantised(model: nn.Module) -> Iterator[None]:
 
 def _quantised(module: nn.Module) -> Site | None:
     site = site_of(module)
-    return site if site is not None and site.storage is not PLAIN and bare(module) is module else None
+    return site if site is not None and not site.storage.exact and bare(module) is module else None
 
 
 def _exchange(model: nn.Module, adapted: dict[int, AdaptedLayer], made: dict[int, tuple[nn.Module, nn.Module]]) -> None:

@@ -7,7 +7,6 @@ wrappers in place; `Plan.undo` takes out what `apply` put in.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,6 +19,7 @@ from .. import limits
 from ..config import Names, PeftConfig
 from ..errors import ConfigError, UnsupportedLayerError
 from ..registry import Entry
+from ..weights.offloaded import duplicate, unhooked
 from ..weights.site import Parameter, Site
 from ..weights.whole import in_parts, made_alike
 from .around import Block
@@ -306,11 +306,11 @@ def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Mod
             f"a {type(module).__name__} that is kept in parts, one a process, cannot be copied to be trained whole; put "
             "the adapter on before an engine shards the model, or leave the module out of modules_to_save."
         )
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if id(tensor) not in tensors:
-            tensors[id(tensor)] = _on_meta(tensor) if meta else copy.deepcopy(tensor)
-    memo: dict[int, object] = dict(tensors)
-    return copy.deepcopy(module, memo)
+    for owner in module.modules():
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is not None and id(tensor) not in tensors:
+                tensors[id(tensor)] = _on_meta(tensor) if meta else duplicate(owner, name, tensor)
+    return unhooked(module, dict(tensors))
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

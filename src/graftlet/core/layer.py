@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
+from ..weights.offloaded import present
 from ..weights.product import Product
 from ..weights.rounding import finite, note
 from ..weights.site import Site
@@ -259,6 +260,8 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         for called, box, entry, spec in self._reads[name]:
             held = boxes[box][name]
             tensor = held if entry is None else held[entry]
+            if tensor.is_meta:
+                tensor = present(boxes[box], name, tensor) if entry is None else present(held, entry, tensor)
             if tensor.is_floating_point():
                 kept = tensor.dtype if spec.dtype is None else kept
                 tensor = tensor if dtype is None else tensor.to(dtype)
@@ -266,6 +269,8 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         shared = self.commons.get(name, {})
         for called, common in shared.items():
             held = common[name]
+            if isinstance(held, Tensor) and held.is_meta:
+                held = present(common, name, held)
             whole = dtype is None or isinstance(held, Leaf) or not held.is_floating_point()
             values[called] = held if whole else held.to(dtype)
         values["shared"], values["adapter"], values["peers"] = tuple(shared), name, self._peers
@@ -315,7 +320,7 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         return found
 
     def trainable(self, name: str) -> dict[str, nn.Parameter]:
-        held = {s.disk or n: self.tensor(name, n) for n, s in self.specs[name].items() if s.trainable}
+        held = {s.disk or n: self.tensor(name, n) for n, s in self.specs.get(name, {}).items() if s.trainable}
         return {key: tensor for key, tensor in held.items() if isinstance(tensor, nn.Parameter)}
 
     def state(self, name: str) -> dict[str, Tensor]:

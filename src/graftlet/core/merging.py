@@ -22,7 +22,6 @@ from ..errors import MergeError
 from ..weights.residual import Residual, residual
 from ..weights.rounding import judged, note
 from ..weights.site import Site
-from ..weights.storage import PLAIN
 from ..weights.whole import in_parts
 from .method import Method, View, Weights
 
@@ -120,7 +119,7 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     Where anything fails, the layer has the weight that it had.
     """
     site = layer.site
-    if site.storage is not PLAIN or in_parts(site.weight):
+    if not site.storage.exact or in_parts(site.weight):
         return _write_packed(layer, merged)
     with restored_on_error(site) as before:
         W, b = site.original(before) if layer.kept is None else layer.original()

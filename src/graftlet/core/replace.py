@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CallError, MergeError
+from ..weights.offloaded import present
 from ..weights.rounding import finite
 from .context import current
 from .host import AdapterHost
@@ -99,8 +100,8 @@ class Replacement(AdapterHost):
 
     def assign(self, name: str, key: str, value: Tensor) -> None:
         path, _, leaf = key.removeprefix(self._prefix).rpartition(".")
-        owner = self.copies[name].get_submodule(path)
-        held, place = getattr(owner, leaf), self.base.state_dict()[key.removeprefix(self._prefix)].device
+        owner, model = self.copies[name].get_submodule(path), self.base.get_submodule(path)
+        held, place = getattr(owner, leaf), present(model, leaf, getattr(model, leaf)).device
         if not held.is_meta:
             held.copy_(value)
             return

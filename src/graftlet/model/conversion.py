@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
@@ -36,7 +37,47 @@ def build_peft_weight_mapping(
     rules = [WeightRenaming(f"^{re.escape(ROOT)}", "")]
     for prefix in sorted({entry.prefix for entry in known}):
         rules.append(WeightRenaming(rf"\.({re.escape(prefix)}[^.]*)", rf".\1.{adapter_name}"))
-    return [*rules, *(rule for rule in weight_conversions if isinstance(rule, WeightRenaming))]
+    kept = [rule for rule in weight_conversions if isinstance(rule, WeightRenaming)]
+    return [*rules, *kept, *_on_stacks(weight_conversions, adapter_name, peft_config)]
+
+
+def _on_stacks(rules: Sequence[Any], adapter: str, config: PeftConfig | None) -> list[Any]:
+    """For each rule that stacks the experts' weights: how their LoRA pairs become those of the stack."""
+    from transformers.core_model_loading import WeightConverter
+
+    names = set() if config is None or isinstance(config.target_modules, str) else set(config.target_modules or ())
+    stacks = [r for r in rules if isinstance(r, WeightConverter) and fused.plainly_made(r)]
+    given = [(r, parts) for r in stacks if (parts := [s for s in r.source_patterns if fused.part_of(s) in names])]
+    made = []
+    for depth, (rule, parts) in enumerate(reversed(given)):  # the last one is outermost
+        place = rule.target_patterns[0].rpartition(".")[0]
+        for factor in ("lora_A", "lora_B"):
+            sources = [s.removesuffix(".weight") + f".{factor}.{adapter}.weight" for s in parts]
+            target = f"{place}.{'base_layer.' * depth}{factor}.{adapter}.weight"
+            every = [s.removesuffix(".weight") + f".{factor}.{adapter}.weight" for s in rule.source_patterns]
+            made.append(WeightConverter(sources, target, [_stacking(every if factor == "lora_B" else [])]))
+    return made
+
+
+def _stacking(blocks: Sequence[str]) -> Any:
+    """What makes a stack's factor of its experts': the parts of each below each other, or as these blocks."""
+    from transformers.core_model_loading import ConversionOps
+
+    class Stacking(ConversionOps):
+        def convert(
+            self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+        ) -> dict[str, Any]:
+            given = {s: input_dict[s] for s in source_patterns if s in input_dict}
+            if not blocks:
+                return {
+                    target_patterns[0]: torch.cat([f for expert in zip(*given.values(), strict=True) for f in expert])
+                }
+            one = next(iter(given.values()))
+            none = [torch.zeros(len(factor), 0, dtype=factor.dtype) for factor in one]  # a part without a pair
+            experts = zip(*(given.get(s, none) for s in blocks), strict=True)
+            return {target_patterns[0]: fused.stacked([torch.block_diag(*expert) for expert in experts])}
+
+    return Stacking()
 
 
 def convert_peft_config_for_transformers(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +70,31 @@ def converted(model: nn.Module, config: PeftConfig, tensors: dict[str, Tensor], 
 
 
 def retarget(model: nn.Module, config: PeftConfig) -> None:
-    """Let a config that names parts of single experts (`w1`) mean the stacks that the model has of them, in place."""
+    """Let a config that names parts of single experts (`w1`) mean the stacks that the model has of them, in place.
+
+    So too where it names routers that are bare weights now.
+    """
     if not isinstance(config, LoraConfig) or not config.target_modules or isinstance(config.target_modules, str):
         return
     fusions = {target: parts for target, (parts, made) in _mapping(model)[1].items() if made <= PLAIN}
     paths = [name for name, _ in model.named_modules()]
     gone = {name for name in config.target_modules if not any(matches(path, [name]) for path in paths)}
-    config.target_modules = set(config.target_modules) - gone
+    bared = [path for path in paths if matches(path, list(config.target_modules)) and _is_weight(model, path)]
+    config.target_parameters = [*(config.target_parameters or ()), *(f"{path}.weight" for path in bared)] or None
+    routers = {name for name in config.target_modules if any(matches(path, [name]) for path in bared)}
+    config.target_modules = set(config.target_modules) - gone - routers
     for path, module in model.named_modules():
         for target, parts in fusions.items():
             given = [part for part in parts if part in {name.rpartition(".")[2] for name in gone}]
             if given and target in bare(module)._parameters:
                 _target(config, f"{path}.{target}", config.r * len(given), config.lora_alpha / config.r)
+
+
+def _is_weight(model: nn.Module, path: str) -> bool:
+    """Whether a module is no layer of a known kind, and has a matrix for a weight."""
+    module = bare(model.get_submodule(path))
+    weight = module._parameters.get("weight")
+    return site_of(module) is None and weight is not None and weight.dim() > 1
 
 
 def _target(config: LoraConfig, key: str, rank: int, share: float) -> None:
@@ -123,7 +136,7 @@ def _mapping(model: nn.Module) -> tuple[Any, dict[str, tuple[list[str], set[str]
     pairs = [(s, t) for e in names for s, t in zip(e.source_patterns, e.target_patterns, strict=False)]
     fusions = {}
     for entry in (e for e in entries if isinstance(e, WeightConverter)):
-        parts = [s.removesuffix(".weight").rpartition(".")[2] for s in entry.source_patterns]
+        parts = [part_of(source) for source in entry.source_patterns]
         target = entry.target_patterns[0].rpartition(".")[2]
         fusions[target] = (parts, {type(op).__name__ for op in entry.operations})
 
@@ -133,6 +146,16 @@ def _mapping(model: nn.Module) -> tuple[Any, dict[str, tuple[list[str], set[str]
         return key
 
     return renamed, fusions
+
+
+def part_of(source: str) -> str:
+    """What the source of a rule calls the part of an expert: `w1` of `.experts.*.w1.weight`."""
+    return source.removesuffix(".weight").rpartition(".")[2]
+
+
+def plainly_made(rule: Any) -> bool:
+    """Whether a rule makes a stack of experts in a way that their pairs can go along."""
+    return {type(op).__name__ for op in rule.operations} <= PLAIN
 
 
 def _stacks(
@@ -210,6 +233,10 @@ def _as_held(model: nn.Module, config: LoraConfig, stacks: Mapping[str, Mapping[
             pairs = targets[target]
             place = f"{ROOT}{stack}.{'base_layer.' * depth}"
             made[f"{place}lora_A.weight"] = torch.cat([p.A for p in pairs])
-            B = torch.stack([p.B for p in pairs])  # [experts, out, r]
-            made[f"{place}lora_B.weight"] = B.permute(1, 2, 0).flatten(1).contiguous()
+            made[f"{place}lora_B.weight"] = stacked([p.B for p in pairs])
     return made
+
+
+def stacked(factors: Sequence[Tensor]) -> Tensor:
+    """The experts' B, `[out, r]` each, as a stack's: `[out, r x experts]`, the experts varying fastest."""
+    return torch.stack([*factors]).permute(1, 2, 0).flatten(1).contiguous()

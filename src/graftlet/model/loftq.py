@@ -20,7 +20,6 @@ from ..files import find_file
 from ..methods.init.loftq import halves
 from ..methods.init.loftq import loftq_init as loftq_init
 from ..methods.lora import factors
-from ..weights.storage import PLAIN
 from .origin import base_name
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -44,7 +43,7 @@ def replace_lora_weights_loftq(
         ConfigError: no quantised layer has the adapter. AdapterFileError: the file is not there, or lacks a weight.
     """
     found = [(path, h) for path, h in hosts(peft_model) if isinstance(h, AdaptedLayer) and adapter_name in h.methods]
-    layers = [h for _, h in found if h.site.storage is not PLAIN]
+    layers = [h for _, h in found if not h.site.storage.exact]
     if not layers:
         raise ConfigError(
             f"no layer with adapter {adapter_name!r} is quantised, so nothing is lost in it. Give a plain model "

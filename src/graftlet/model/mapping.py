@@ -15,6 +15,7 @@ from ..core.method import Method
 from ..core.target import walk
 from ..errors import ConfigError, HeadWarning, NoMatchingPeftModuleError, listing, warn
 from ..registry import lookup
+from . import fused
 from .bare import attend, tuner_in
 from .mixed import PeftMixedModel
 from .origin import base_name
@@ -86,6 +87,8 @@ def inject_adapter_in_model(
         raise ConfigError(f"{peft_config.peft_type} goes around a model's whole call as well; use get_peft_model.")
     if state_dict is not None:
         target_keys(peft_config, model, state_dict)
+    else:
+        fused.retarget(model, peft_config)
     tuner = tuner_in(model)
     held = lifecycle.adapters_of(model)
     known = getattr(model, "peft_config", None)

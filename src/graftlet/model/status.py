@@ -96,7 +96,7 @@ def _layer(name: str, host: AdapterHost) -> TunerLayerStatus:
         requires_grad={n: _same(flags, False) for n, flags in learn.items()},
         available_adapters=sorted(host.adapters),
         devices={n: sorted({t.device.type for t in ts}) for n, ts in tensors.items()},
-        quantization_backend=storage.backend or None,
+        quantization_backend=None if storage.exact else storage.backend,
     )
 
 

@@ -137,7 +137,10 @@ class Site:
 
     def read_bias(self) -> Tensor | None:
         """The bias `[out]`, where there is one."""
-        return whole(getattr(self.module, cast(str, self.bias))) if self.has_bias else None
+        return whole(self._held_bias()) if self.has_bias else None
+
+    def _held_bias(self) -> Tensor:
+        return self.storage.beside(self.module, cast(str, self.bias), getattr(self.module, cast(str, self.bias)))
 
     def write(self, weight: Tensor, bias: Tensor | None) -> None:
         """Keep another weight and bias. Raises `MergeError` where the layer has no room for them."""
@@ -149,18 +152,17 @@ class Site:
             )
         self.storage.write(self.module, self.name, self.kept(weight))
         if bias is not None:
-            put(getattr(self.module, cast(str, self.bias)), bias)
+            put(self._held_bias(), bias)
 
     def save(self) -> tuple[Any, Any]:
         """What `restore` needs to bring the weight's and bias's very bits back."""
-        bias = getattr(self.module, cast(str, self.bias)).detach().clone() if self.has_bias else None
+        bias = self._held_bias().detach().clone() if self.has_bias else None
         return self.storage.save(self.module, self.name), bias
 
     def restore(self, saved: tuple[Any, Any]) -> None:
         self.storage.restore(self.module, self.name, saved[0])
         if saved[1] is not None:
-            with torch.no_grad():
-                getattr(self.module, cast(str, self.bias)).copy_(saved[1])
+            self._held_bias().detach().copy_(saved[1])
 
     def original(self, saved: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they were when `saved` was made."""

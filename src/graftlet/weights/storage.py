@@ -35,6 +35,8 @@ class Storage:
     """
 
     backend: ClassVar[str] = ""
+    exact: ClassVar[bool] = True
+    """What is written is kept to the bit, in the weight's dtype."""
 
     # what is there
 
@@ -84,6 +86,10 @@ class Storage:
         """The weight as an ordinary floating-point tensor, `shape` and `dtype` as above. It may share what is kept."""
         return whole(getattr(module, name))
 
+    def beside(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        """Another tensor of the module, its bias, as it can be read and written."""
+        return tensor
+
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         """Keep `value` in place of the weight, rounded to the kept precision, on the kept device."""
         put(getattr(module, name), value)
@@ -116,6 +122,8 @@ class Packed(Storage):
     `allowed` follows from how it rounds (see `rounded`). Reading what was saved is restoring it for a moment, unless the
     subclass knows better.
     """
+
+    exact = False
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         raise NotImplementedError
@@ -261,6 +269,9 @@ BACKENDS: dict[str, str] = {
 A class of modules named here that derives from no layer of torch's is a linear layer with `in_features` and `out_features`.
 """
 
+_OFFLOADED = "graftlet.weights.offloaded:OFFLOADED"
+"""What accelerate keeps elsewhere between calls."""
+
 MARKS = ("quantization_scheme",)
 """Attributes of an ordinary layer that tell its back end, by their type, and that its wrappers do not pass on."""
 
@@ -271,7 +282,7 @@ def storage_of(module: nn.Module, name: str = "weight") -> Storage:
         return _load(home)
     held: Any = module._parameters.get(name)
     if type(held) is nn.Parameter:
-        return PLAIN
+        return _load(_OFFLOADED) if held.is_meta and "_hf_hook" in module.__dict__ else PLAIN
     home = _home(type(getattr(module, name, None) if held is None else held))
     return PLAIN if home is None else _load(home)
 

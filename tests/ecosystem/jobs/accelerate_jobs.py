@@ -69,13 +69,21 @@ def mixed_precision(folder: Path) -> dict:
 
 
 def offloaded(folder: Path) -> dict:
-    """A base kept on disk by dispatch_model, adapted, merged, unloaded."""
-    from accelerate import cpu_offload
+    """cpu_offload and disk_offload of an adapted model, and of a base that is adapted afterwards."""
+    from accelerate import cpu_offload, disk_offload
+    from peft import PeftModel
 
-    model = _model()
+    model, place = _model(), torch.device("cpu")
+    model.save_pretrained(folder / "adapter")
     seen = {"before": output(model)}
-    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+    cpu_offload(model, execution_device=place, offload_buffers=True)
     seen["offloaded"] = output(model)
+    base = causal()
+    cpu_offload(base, execution_device=place)
+    seen["an offloaded base"] = output(PeftModel.from_pretrained(base, folder / "adapter"))
+    base = causal()
+    disk_offload(base, str(folder / "disk"), execution_device=place)
+    seen["a base on disk"] = output(PeftModel.from_pretrained(base, folder / "adapter"))
     return seen
 
 

@@ -286,7 +286,40 @@ def generation(folder: Path) -> dict:
     return seen
 
 
+def experts(folder: Path) -> dict:
+    """An adapter with a pair an expert, made before experts were fused, loaded onto a Mixtral by transformers and peft."""
+    from peft import LoraConfig, PeftModel
+    from safetensors.torch import save_file
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def base():
+        torch.manual_seed(0)
+        return MixtralForCausalLM(
+            MixtralConfig(
+                hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
+                num_key_value_heads=2, num_local_experts=4, initializer_range=0.3,
+            )
+        )  # fmt: skip
+
+    LoraConfig(r=2, target_modules=["gate", "q_proj", "w1", "w2", "w3"], task_type="CAUSAL_LM").save_pretrained(folder)
+    sizes = {"self_attn.q_proj": (16, 16), "block_sparse_moe.gate": (16, 4)}
+    for number in range(4):
+        place = f"block_sparse_moe.experts.{number}"
+        sizes |= {f"{place}.w1": (16, 24), f"{place}.w2": (24, 16), f"{place}.w3": (16, 24)}
+    draw, pairs = torch.Generator().manual_seed(0), {}
+    for name, (wide, out) in sizes.items():
+        pairs[f"base_model.model.model.layers.0.{name}.lora_A.weight"] = torch.randn(2, wide, generator=draw)
+        pairs[f"base_model.model.model.layers.0.{name}.lora_B.weight"] = torch.randn(out, 2, generator=draw)
+    save_file(pairs, folder / "adapter_model.safetensors")
+    model = base()
+    model.load_adapter(str(folder))
+    seen = {"base": output(base()), "loaded by transformers": output(model)}
+    seen["loaded by peft"] = output(PeftModel.from_pretrained(base(), folder))
+    seen["keys"] = sorted(model.get_adapter_state_dict())
+    return seen
+
+
 JOBS = [
     add_set_disable, errors, save_and_load, token_rows, other_methods, hotswap, trainer, trainer_of_an_injected_model,
-    classifier, generation,
+    classifier, generation, experts,
 ]  # fmt: skip
