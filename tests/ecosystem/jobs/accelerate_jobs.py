@@ -69,21 +69,13 @@ def mixed_precision(folder: Path) -> dict:
 
 
 def offloaded(folder: Path) -> dict:
-    """cpu_offload and disk_offload of an adapted model, and of a base that is adapted afterwards."""
-    from accelerate import cpu_offload, disk_offload
-    from peft import PeftModel
+    """cpu_offload of an adapted model."""
+    from accelerate import cpu_offload
 
-    model, place = _model(), torch.device("cpu")
-    model.save_pretrained(folder / "adapter")
+    model = _model()
     seen = {"before": output(model)}
-    cpu_offload(model, execution_device=place, offload_buffers=True)
+    cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
     seen["offloaded"] = output(model)
-    base = causal()
-    cpu_offload(base, execution_device=place)
-    seen["an offloaded base"] = output(PeftModel.from_pretrained(base, folder / "adapter"))
-    base = causal()
-    disk_offload(base, str(folder / "disk"), execution_device=place)
-    seen["a base on disk"] = output(PeftModel.from_pretrained(base, folder / "adapter"))
     return seen
 
 
