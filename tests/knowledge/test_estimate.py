@@ -38,7 +38,6 @@ NEEDED: dict[str, dict[str, Any]] = {
     "ADAPTION_PROMPT": {"target_modules": None, "adapter_len": 4, "adapter_layers": 2},
     "SHADOW": {"target_modules": None},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"]},
-    "CPT": {"cpt_token_ids": [1, 2, 3], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3]},
     **{n: {"num_virtual_tokens": 5} for n in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CARTRIDGE")},
     "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 5, "num_tasks": 2},
 }

@@ -111,7 +111,7 @@ def test_kinds_that_prune_work_on_the_changes(case: Case, kind: str) -> None:
             near(one, expected, SINGLE, steps=64)
 
 
-@table(quick=linear, only=lambda c: not mergeable(c) and c.entry.method.unmergeable is not None)
+@table(quick=linear, only=lambda c: not (mergeable(c) or c.whole) and c.entry.method.unmergeable is not None)
 def test_what_has_no_weight_to_add_up_says_so(case: Case) -> None:
     model = pair(case)
     before = snapshot(model)

@@ -303,7 +303,7 @@ class Coarse(nn.Linear):
 
 
 class CoarseStorage(storage.Storage):
-    can_write = False
+    can_write = exact = False
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         return quantised(getattr(module, name), 2)

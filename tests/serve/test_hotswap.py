@@ -27,7 +27,12 @@ from tests.model.models import IDS, llama, load, lora, save
 pytestmark = pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
 
 
-@table(quick=representative)
+def on_layers(case: Case) -> bool:
+    """It acts in layers: a swap is of their tensors."""
+    return not case.whole
+
+
+@table(quick=representative, only=on_layers)
 def test_an_adapter_of_equal_structure_takes_the_place(case: Case, tmp_path: Path) -> None:
     model, other = adapted(case), fresh(case)
     perturb(other, seed=21)
@@ -38,7 +43,7 @@ def test_an_adapter_of_equal_structure_takes_the_place(case: Case, tmp_path: Pat
     assert {n: id(t) for n, t in model.state_dict(keep_vars=True).items()} == before
 
 
-@table(quick=linear)
+@table(quick=linear, only=on_layers)
 def test_a_bad_file_leaves_the_old_one_serving(case: Case, tmp_path: Path) -> None:
     model, other = adapted(case), fresh(case)
     perturb(other, seed=21)

@@ -19,6 +19,7 @@ from torch import nn
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+from .. import limits
 from ..config import PeftConfig
 from ..core import fingerprint, lifecycle
 from ..core.context import BASE, Call, current, using
@@ -404,12 +405,13 @@ class PeftModel(ManyAdapters, nn.Module):
     ) -> Any:
         """Put another saved adapter beside those there are. Arguments and errors are those of `from_pretrained`.
 
-        An adapter that is there already, with the config that the file has, takes over the file's tensors: it goes on
-        where a checkpoint was written. With another config it is refused.
+        A name that is there already is refused. A lenient load lets that adapter take over the tensors of a file with its
+        config, as programs that go on from a checkpoint ask.
 
         Returns `(missing_keys, unexpected_keys)`; both empty unless it is lenient.
         """
-        check_name(adapter_name, [])
+        lenient = not (limits.STRICT_LOADS if strict is None else strict)
+        check_name(adapter_name, [] if lenient else self.peft_config)
         kwargs |= {"device": torch_device, "key_mapping": key_mapping}
         config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
         if adapter_name in self.peft_config:

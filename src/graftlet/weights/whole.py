@@ -59,7 +59,7 @@ def put(held: Tensor, value: Tensor) -> None:
 @torch.no_grad()
 def made_alike(tensors: Iterable[Tensor], model: nn.Module) -> None:
     """Give tensors that each process made the values that they have in the first of those that share a model out."""
-    sharded: Any = next(filter(_sharded, model.parameters()), None)
+    sharded: Any = next(filter(_sharded, model.parameters()), None) if _among_others() else None
     if sharded is None:
         return
     groups = [sharded.device_mesh.get_group(axis) for axis in range(sharded.device_mesh.ndim)]
@@ -70,8 +70,7 @@ def made_alike(tensors: Iterable[Tensor], model: nn.Module) -> None:
 
 def is_writer() -> bool:
     """Whether this process is the one that writes for all."""
-    found = sys.modules.get("torch.distributed")
-    return found is None or not (found.is_available() and found.is_initialized()) or found.get_rank() == 0
+    return not _among_others() or torch.distributed.get_rank() == 0
 
 
 @contextmanager
@@ -126,6 +125,12 @@ def clean(name: str) -> str:
     for level in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         name = name.replace(level, "")
     return name
+
+
+def _among_others() -> bool:
+    """Whether this process is one of several that know of each other."""
+    found = sys.modules.get("torch.distributed")
+    return found is not None and found.is_available() and found.is_initialized()
 
 
 def _sharded(tensor: Tensor) -> bool:
