@@ -164,12 +164,12 @@ def test_a_change_of_a_bare_model_waits_for_its_calls() -> None:
     def slowly(*_: Any) -> None:
         inside.set()
         time.sleep(0.3)
+        order.append("call")
 
     model.model.layers[1].register_forward_hook(slowly)
 
     def call() -> None:
         model(IDS)
-        order.append("call")
 
     def change() -> None:
         inside.wait(5)

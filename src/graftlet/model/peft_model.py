@@ -411,7 +411,7 @@ class PeftModel(ManyAdapters, nn.Module):
         Returns `(missing_keys, unexpected_keys)`; both empty unless it is lenient.
         """
         lenient = not (limits.STRICT_LOADS if strict is None else strict)
-        check_name(adapter_name, [] if lenient else self.peft_config)
+        check_name(adapter_name, [] if lenient else list(self.peft_config))
         kwargs |= {"device": torch_device, "key_mapping": key_mapping}
         config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
         if adapter_name in self.peft_config:
