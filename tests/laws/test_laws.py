@@ -96,7 +96,7 @@ def test_an_adapter_may_have_any_name(case: Case, name: str) -> None:
     laws.an_adapter_may_have_any_name(case, name)
 
 
-@table(quick=linear)
+@table(quick=linear, only=LAWS[laws.a_deleted_adapter_leaves_the_others_and_the_base])
 def test_a_deleted_adapter_leaves_the_others_and_the_base(case: Case) -> None:
     laws.a_deleted_adapter_leaves_the_others_and_the_base(case)
 

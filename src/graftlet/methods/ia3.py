@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..config import Excludes, FanInFanOut, Names, PeftConfig, Saves, Targets
@@ -80,6 +81,8 @@ class IA3(OutputMap):
         return y * p.ia3_l.flatten()
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(p, x, before)
         return p.site.on_channels(lambda y: gained(y, p.ia3_l.flatten(), None), before(x))
 
     def back(self, p: View, like: Tensor) -> Callable[[Tensor], Tensor]:

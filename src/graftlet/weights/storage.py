@@ -299,8 +299,10 @@ def unusable(module: nn.Module) -> str | None:
 
 
 def _marked(module: nn.Module) -> str | None:
-    marks = [type(module.__dict__[mark]) for mark in MARKS if mark in module.__dict__]
-    return next((home for kind in marks if (home := _home(kind)) is not None), None)
+    for mark in MARKS:
+        if mark in module.__dict__ and (home := _home(type(module.__dict__[mark]))) is not None:
+            return home
+    return None
 
 
 def qualified(kind: type) -> str:
@@ -310,7 +312,10 @@ def qualified(kind: type) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _home(kind: type) -> str | None:
-    return next((BACKENDS[name] for base in kind.__mro__ if (name := qualified(base)) in BACKENDS), None)
+    for base in kind.__mro__:  # no generator: compilers follow this
+        if (home := BACKENDS.get(qualified(base))) is not None:
+            return home
+    return None
 
 
 @functools.cache
