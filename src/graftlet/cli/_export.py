@@ -15,7 +15,8 @@ from ..serve.convert import SHARE
 from ..serve.export import Exported, export, target_of
 from ..serve.export.plain import obstacle
 from ..train.adapter import open_adapter, place_adapter
-from . import _convert, _merge
+from ._convert import check_place, table, wanted
+from ._merge import merge
 
 
 def carry_out(
@@ -36,14 +37,14 @@ def carry_out(
         ConversionError: the engine has no place for something that the adapter holds.
     """
     if target_of(to).whole is not None:
-        _merge.merge(adapter, out, **where, overwrite=overwrite)
+        merge(adapter, out, **where, overwrite=overwrite)
         return
-    _convert.check_place(out, overwrite or component is not None)
-    share = _convert.wanted(rank, energy)
+    check_place(out, overwrite or component is not None)
+    share = wanted(rank, energy)
     console = Console(highlight=False)
     told = _exported(adapter, out, to, share, component, where, console)
     if told.layers:
-        console.print(_convert.table(told.layers))
+        console.print(table(told.layers))
     console.print(f"{', '.join(p.name for p in told.files)} in {out}/: LoRA of rank {told.rank}", soft_wrap=True)
     console.print(f"use: {told.use}", soft_wrap=True)
 
