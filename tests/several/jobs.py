@@ -28,6 +28,7 @@ from graftlet.files import read_tensors
 from graftlet.integrations import sent, shard
 from graftlet.train.recipe import Recipe, check
 from graftlet.train.run import train
+from graftlet.weights.whole import put, whole
 
 from ..train import tiny
 
@@ -81,7 +82,8 @@ def moved(model: nn.Module) -> None:
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+            start = whole(parameter)  # the numbers are drawn for the whole, whatever part of it is here
+            put(parameter, start + 0.05 * torch.randn(start.shape))
 
 
 def batch(step: int) -> torch.Tensor:
