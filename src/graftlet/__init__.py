@@ -6,8 +6,7 @@ Every public name is resolved on first use, so that `import graftlet` costs no m
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .names import placed
 
 __version__ = "0.1.0"
 
@@ -100,17 +99,8 @@ _HOMES = {
     "knowledge.cost.estimating": "estimate",
     "serve.foreign": "load_foreign",
 }
-_home = {name: module for module, names in _HOMES.items() for name in names.split()}
-
-__all__ = ["__version__", *sorted(_home)]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _home:
-        raise AttributeError(f"module 'graftlet' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_home[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, _, _names = placed(__name__, _HOMES)
+__all__ = ["__version__", *_names]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __dir__() -> list[str]:

@@ -3,18 +3,8 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from ..names import placed
 
-_HOMES = {"train.checkpoints": "AdapterCheckpoints", "integrations.sharding": "sent shard"}
-_home = {name: module for module, names in _HOMES.items() for name in names.split()}
-
-__all__ = sorted(_home)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _home:
-        raise AttributeError(f"module 'graftlet.integrations' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"..{_home[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = placed(
+    __name__, {"train.checkpoints": "AdapterCheckpoints", "integrations.sharding": "sent shard"}
+)

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..config import PeftConfig
 from ..errors import ConfigError
 from ..files import find_file, read_tensors
+from ..pair import WEIGHTS
 from ..patterns import fullmatch
-from .checkpoints import WEIGHTS
 from .page import page, paragraph, section, table, tiles
 from .plots import bars, heat, lines
 

@@ -25,9 +25,9 @@ from ..files import find_file
 from ..model.parts import root_of
 from ..model.peft_model import PeftModel
 from ..model.save import save_tensors, set_peft_model_state_dict
+from ..pair import WEIGHTS
 from ..weights.whole import in_parts, made_whole
 
-WEIGHTS = "adapter_model.safetensors"
 UNFINISHED = "unfinished.safetensors"
 SCHEDULER = "scheduler.pt"
 ALLOCATOR = "allocator"
@@ -114,9 +114,8 @@ class AdapterCheckpoints:
                 self.processing_class.save_pretrained(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if (
-            self._adapted() is not None and self.args.should_save
-        ):  # a Trainer copies these where the reference is installed
+        # a Trainer copies these by itself where the reference is installed
+        if self._adapted() is not None and self.args.should_save:
             for name in (CONFIG_NAME, WEIGHTS):
                 if (file := Path(checkpoint_folder, name)).is_file():
                     shutil.copy(file, Path(self.args.output_dir, name))

@@ -22,12 +22,12 @@ from ..errors import ConfigError, MergeError, TrainingInterrupted
 from ..files import write_atomically
 from ..model.auto import AutoPeftModelForCausalLM
 from ..model.peft_model import PeftModel
+from ..pair import WEIGHTS
 from ..weights.whole import is_writer
 from .anatomy import read_anatomy
 from .base import load_base, load_tokenizer, pick_device, set_threads
 from .batches import Collator, check_isolation, takes_ends
 from .callbacks import Allocation, RichProgress, StopOnSignal, clock
-from .checkpoints import WEIGHTS
 from .preference import PairCollator, PreferenceTrainer
 from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data, tell_steps
 from .recipe import PreferenceTable, Recipe

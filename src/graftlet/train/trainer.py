@@ -14,8 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..errors import ConfigError, nearest
+from ..pair import WEIGHTS
 from ..requirements import Requirement
-from .checkpoints import WEIGHTS, AdapterCheckpoints
+from .checkpoints import AdapterCheckpoints
 from .optimisers import NAMES, by_name
 from .recipe import Recipe
 
