@@ -23,7 +23,8 @@ UPSTAIRS = {("train", "model"), ("train", "serve"), ("serve", "model"), ("cli", 
 """On one floor, who may import whom."""
 
 OPTIONAL = {
-    "methods.adamss": {"sklearn"}, "methods.prompts.prompt_tuning": {"transformers"}, "weights.bnb": {"bitsandbytes"},
+    "methods.adamss": {"sklearn"}, "methods.prompts.prompt_tuning": {"transformers"},
+    "methods.parts.ready": {"transformers"}, "weights.bnb": {"bitsandbytes"},
     "weights.aqlm": {"numba"}, "weights.compressed": {"compressed_tensors"}, "weights.hqq": {"hqq"},
     "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"}, "kernels.dropped_triton": {"triton"},
     "kernels.head_loss_triton": {"triton"},

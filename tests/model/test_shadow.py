@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModel, DynamicCache, LlamaConfig, LlamaForSequenceClassification
 
 import graftlet
 from graftlet.errors import (
@@ -289,7 +290,6 @@ def test_what_cannot_be_done_is_said() -> None:
         ({"shadow_dropout": 1.5}, ConfigError, "shadow_dropout"),
         ({"auxiliary_loss_weight": -1.0}, ConfigError, "auxiliary_loss_weight"),
         ({"shadow_model": "x", "shadow_hidden_size": 4}, ConfigError, "shadow_hidden_size"),
-        ({"shadow_model": "x"}, UnsupportedOptionError, "only 'mirror'"),
         ({"target_modules": ".*", "layers_to_transform": 1}, ConfigError, "layers_to_transform"),
     ],
 )
@@ -356,5 +356,112 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Any) -> None:
     base = llama(hidden_size=16)
     before = facts(base)
     with pytest.raises(AdapterFileError, match="another shape"):
+        graftlet.PeftModel.from_pretrained(base, tmp_path)
+    assert same(before, base)
+
+
+# a decoder that was trained elsewhere
+
+
+def projected(place: Any, width: int) -> None:
+    """A checkpoint of a small decoder and of its states' projection."""
+    from safetensors.torch import save_file
+
+    inner = LlamaConfig(
+        **{**SIZES, "hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_key_value_heads": 1}
+    )
+    torch.manual_seed(3)
+    held = {f"shadow_model.{n}": t.contiguous() for n, t in AutoModel.from_config(inner).state_dict().items()}
+    save_file(held | {"shadow_hidden_projection.weight": torch.randn(width, 4)}, place / "model.safetensors")
+    settings = {"model_type": "causal_lm_with_hidden_projection", "shadow_model_config": inner.to_dict()}
+    (place / "config.json").write_text(json.dumps(settings))
+
+
+def trained(kind: str, place: Any) -> str:
+    """A checkpoint of a kind, and where it is."""
+    place.mkdir()
+    if kind == "projected":
+        projected(place, SIZES["hidden_size"])
+    else:
+        torch.manual_seed(3)
+        save({"same": llama, "narrow": lambda: llama(hidden_size=4, head_dim=2), "gpt2": gpt2}[kind](), place)
+    return str(place)
+
+
+KINDS = ["same", "narrow", "gpt2", "projected"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_decoder_gives_what_it_gives_in_the_reference(kind: str, tmp_path: Any) -> None:
+    peft = pytest.importorskip("peft")
+    source = trained(kind, tmp_path / "small")
+    theirs, mine = (adapted(llama(), config(lib, shadow_model=source), lib) for lib in (peft, graftlet))
+    for name, tensor in mine.state_dict().items():
+        if "shadow_backbone" in name or (kind == "projected" and "shadow_projection" in name):
+            torch.testing.assert_close(theirs.state_dict()[name], tensor, msg=name)
+    assert learning(mine) == learning(theirs)
+    move(mine, 0.3)
+    theirs.load_state_dict(mine.state_dict())
+    torch.testing.assert_close(logits(mine), logits(theirs))
+    save(mine, tmp_path / "mine")
+    save(theirs, tmp_path / "theirs")
+    for lib, place in ((peft, "mine"), (graftlet, "theirs"), (graftlet, "mine")):
+        torch.testing.assert_close(logits(load(llama(), tmp_path / place, lib)), logits(mine))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_decoder_learns_but_for_its_embeddings_and_works_alone(kind: str, tmp_path: Any) -> None:
+    theirs, mine = both(llama(), moved=1.0, shadow_model=trained(kind, tmp_path / "small"))
+    table = next(
+        n for n in mine.state_dict() if "shadow_backbone" in n and n.endswith(("embed_tokens.weight", "wte.weight"))
+    )
+    assert table not in learning(mine)
+    assert greedy(mine) == greedy(theirs, use_cache=False) == greedy(mine, use_cache=False)
+    expected, alone = theirs.unload_shadow().eval(), mine.unload_shadow()
+    torch.testing.assert_close(logits(alone), logits(expected))
+    assert greedy(alone) == greedy(expected)
+    mine.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for n, p in mine.named_parameters() if "shadow_backbone" in n and n in learning(mine))
+
+
+def test_a_trained_decoder_of_another_family_classifies_alone(tmp_path: Any) -> None:
+    source = trained("gpt2", tmp_path / "small")
+    theirs, mine = both(classifier(), task_type="SEQ_CLS", moved=0.5, shadow_model=source)
+    torch.testing.assert_close(logits(mine.unload_shadow()), logits(theirs.unload_shadow().eval()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_reads_a_trained_decoders_config_alone(kind: str, tmp_path: Any) -> None:
+    small = tmp_path / "small"
+    model = made(shadow_model=trained(kind, small))
+    save(model, tmp_path / "adapter")
+    (small / "model.safetensors").unlink()
+    torch.testing.assert_close(logits(load(llama(), tmp_path / "adapter")), logits(model))
+    (small / "config.json").unlink()
+    base = llama()
+    before = facts(base)
+    with pytest.raises(ConfigError, match="gives no decoder"):
+        graftlet.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert same(before, base)
+
+
+def test_a_trained_decoder_that_does_not_fit_is_refused(tmp_path: Any) -> None:
+    projected(tmp_path, 2 * SIZES["hidden_size"])
+    base = llama()
+    before = facts(base)
+    for source, message in ((tmp_path, "shadow_hidden_projection"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(ConfigError, match=message):
+            graftlet.get_peft_model(base, config(shadow_model=str(source)))
+    assert same(before, base)
+
+
+@pytest.mark.parametrize("sizes", [{"shadow_hidden_size": 10**6}, {"shadow_num_hidden_layers": 10**9}], ids=str)
+def test_a_file_that_asks_for_a_huge_decoder_is_refused_before_it_is_made(sizes: dict[str, int], tmp_path: Any) -> None:
+    save(made(), tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **sizes}))
+    base = llama()
+    before = facts(base)
+    with silent(), pytest.raises(ConfigError, match="limits"):
         graftlet.PeftModel.from_pretrained(base, tmp_path)
     assert same(before, base)

@@ -72,8 +72,11 @@ class Block:
         """Fill the tensors in place."""
         raise NotImplementedError
 
-    def networks(self, config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
-        """Modules of the adapter's own beside the model, by name; they learn with it and stand in its file."""
+    def networks(self, config: PeftConfig, model: nn.Module, init: bool) -> dict[str, nn.Module]:
+        """Modules of the adapter's own beside the model, by name: they learn with it, unless frozen, and stand in its file.
+
+        init: start them; otherwise their shapes are enough, as the file has the rest.
+        """
         return {}
 
     def call(self, p: Held, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

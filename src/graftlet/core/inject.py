@@ -86,10 +86,13 @@ class Plan:
                 item.tensors = started(item.block, item.place.bare, self.config, self.model, meta, widen)
             else:
                 item.copy = _copied(item.place.bare, meta, memo if self.config.ensure_weight_tying else {})
-        if (block := next((i.block for i in self.items if i.block is not None), None)) is not None:
-            self.networks = block.networks(self.config, self.model)
+        self.networks = self._networks(init)
         made_alike(self._tensors(), self.model)
         return self
+
+    def _networks(self, init: bool) -> dict[str, nn.Module]:
+        block = next((i.block for i in self.items if i.block is not None), None)
+        return {} if block is None else block.networks(self.config, self.model, init)
 
     def _tensors(self) -> Iterator[Tensor]:
         """All that was made, always in the same order."""
@@ -105,6 +108,8 @@ class Plan:
         wanted = [s.shape for method in self.methods() for s in method.commons(self.config, sites).values()]
         for branch, site in branches:
             wanted += [(max(1, site.stack), *spec.shape) for spec in branch.specs.values()]
+        with torch.device("meta"):
+            wanted += [p.shape for network in self._networks(init=False).values() for p in network.parameters()]
         most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(p.numel() for p in self.model.parameters())
         if (count := sum(map(math.prod, wanted))) > most:
             raise ConfigError(

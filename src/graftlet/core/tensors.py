@@ -155,8 +155,8 @@ class Common(Box):
             held.copy_(value)
 
     def set_requires_grad(self, adapter: str, requires_grad: bool) -> None:
-        for tensor in self.tensors(adapter).values():
-            if isinstance(tensor, nn.Parameter):
+        for entry, tensor in self.tensors(adapter).items():
+            if isinstance(tensor, nn.Parameter) and self.specs[adapter][entry].trainable:
                 tensor.requires_grad_(requires_grad)
 
 
@@ -167,10 +167,10 @@ class Networks(Common):
     """
 
     def hold(self, adapter: str, network: nn.Module) -> None:
-        """Hold an adapter's module."""
+        """Hold an adapter's module; what is frozen in it stays so."""
         self.put(adapter, network)
         held = network.state_dict(keep_vars=True)
-        self.specs[adapter] = {f"{FIRST}{n}": Spec(tuple(t.shape)) for n, t in held.items()}
+        self.specs[adapter] = {f"{FIRST}{n}": Spec(tuple(t.shape), t.requires_grad) for n, t in held.items()}
 
     def tensor(self, adapter: str, entry: str) -> Tensor:
         path, _, last = entry.removeprefix(FIRST).rpartition(".")

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import copy as copying
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Excludes, Layers, PeftConfig, Saves, Targets, TaskType
@@ -22,14 +20,15 @@ from ..core.around import Block, Held
 from ..core.context import Call, current, using
 from ..core.host import bare, check_known
 from ..core.method import Spec
-from ..core.prompt import CACHES, IGNORED
-from ..errors import CallError, UnsupportedLayerError, UnsupportedOptionError
+from ..core.prompt import CACHES
+from ..errors import CallError, UnsupportedLayerError
 from ..registry import method
-from .parts.heads import classified, head_name, last
-from .parts.mirror import block_paths, decoder_of, mirror, standalone, takes, width_of
-from .parts.paired import cache_in, follower, pair
+from .parts.heads import head_name
+from .parts.mirror import beside, block_paths, decoder_of, mirror, standalone, width_of
+from .parts.paired import cache_in, pair
+from .parts.ready import ready
+from .parts.second_state import BACKBONE, HEAD, MIRROR, PROJECTION, injected, own_loss, shares, started, updated
 
-BACKBONE, PROJECTION, HEAD = "shadow_backbone", "shadow_projection", "shadow_head"
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
 
 
@@ -40,7 +39,8 @@ class ShadowConfig(Targets, Excludes, Layers, Saves, PeftConfig):
     Args:
         target_modules: whole blocks; None: all of the decoder's.
         r: of W_up and W_down. shadow_alpha: a. shadow_dropout: on h - s. init_weights: W_up starts at zero.
-        shadow_model: "mirror": a decoder like the base's, of one layer unless the sizes say more.
+        shadow_model: "mirror": a decoder like the base's, of one layer unless the sizes say more. Otherwise a trained one, by
+            its directory or repository, perhaps with a projection to the base's width; its embeddings stay as they are.
         shadow_num_hidden_layers, shadow_hidden_size, shadow_num_attention_heads, shadow_intermediate_size: its sizes; the
             base's unless given.
         share_embeddings: it reads the base's embeddings, where it is as wide. update_hidden_size: of T and G; r unless given.
@@ -51,7 +51,7 @@ class ShadowConfig(Targets, Excludes, Layers, Saves, PeftConfig):
     shadow_alpha: float = 0.1
     shadow_dropout: float = 0.2
     init_weights: bool = True
-    shadow_model: str = "mirror"
+    shadow_model: str = MIRROR
     shadow_num_hidden_layers: int | None = None
     shadow_hidden_size: int | None = None
     shadow_num_attention_heads: int | None = None
@@ -70,13 +70,11 @@ class ShadowConfig(Targets, Excludes, Layers, Saves, PeftConfig):
         )
         weight = self.auxiliary_loss_weight
         self.require(weight >= 0, f"auxiliary_loss_weight={weight}; 0 or more is needed.")
-        if self.shadow_model == "mirror":
-            return
         given = [name for name in sizes if getattr(self, name) is not None]
         self.require(
-            not given, f"shadow_model={self.shadow_model!r} has sizes of its own; leave out {', '.join(given)}."
+            self.shadow_model == MIRROR or not given,
+            f"shadow_model={self.shadow_model!r} has sizes of its own; leave out {', '.join(given)}.",
         )
-        raise UnsupportedOptionError(f"shadow_model={self.shadow_model!r} is not available; only 'mirror' is.")
 
 
 @method("shadow", ShadowConfig)
@@ -113,17 +111,25 @@ class Shadow(Block):
         if config.init_weights:
             tensors["shadow_up.weight"].zero_()
 
-    def networks(self, config: PeftConfig, model: nn.Module) -> dict[str, nn.Module]:
+    def networks(self, config: PeftConfig, model: nn.Module, init: bool) -> dict[str, nn.Module]:
         assert isinstance(config, ShadowConfig)
-        depth, width, heads, inner = (getattr(config, f"shadow_{name}") for name in SIZES)
-        made = {BACKBONE: mirror(model, depth or 1, width, inner, heads)}
-        wide, kept = width_of(getattr(model, "config", None)), next(made[BACKBONE].parameters())
-        if shares(config, made[BACKBONE], model):
-            made[BACKBONE]._modules.pop("embed_tokens", None)
-        if (width or wide) != wide:
-            made[PROJECTION] = nn.Linear(width, wide, bias=False, device=kept.device, dtype=kept.dtype)
+        wide, projection = width_of(getattr(model, "config", None)), None
+        if config.shadow_model == MIRROR:
+            depth, width, heads, inner = (getattr(config, f"shadow_{name}") for name in SIZES)
+            backbone = mirror(model, depth or 1, width, inner, heads)
+        else:
+            backbone, projection = ready(config.shadow_model, wide, init)
+        if projection is None and width_of(backbone.config) != wide:
+            projection = nn.Linear(width_of(backbone.config), wide, bias=False)
+        if shares(config, backbone, model):
+            backbone._modules.pop("embed_tokens", None)
+        made = {BACKBONE: beside(model, backbone)}
+        if projection is not None:
+            made[PROJECTION] = beside(model, projection)
         if config.task_type == TaskType.SEQ_CLS and (name := head_name(model)):
-            made[HEAD] = copying.deepcopy(bare(model.get_submodule(name)))
+            made[HEAD] = copying.deepcopy(bare(model.get_submodule(name))).requires_grad_(
+                True
+            )  # a frozen base has it frozen
         return made
 
     # what an adapter does
@@ -163,79 +169,18 @@ class Shadow(Block):
     def unload_shadow(
         self, p: Held, model: nn.Module, adapter_name: str | None = None, copy: bool = False
     ) -> nn.Module:
-        """The small decoder as a model of the base's class, with the head: it works without the base.
+        """The small decoder as a model of its own, with the head: it works without the base.
 
-        It shares its tensors with the adapter, and its embeddings and head with the base, unless `copy`.
+        It is of the base's class where the decoder is of its kind. It shares its tensors with the adapter, and its
+        embeddings and head with the base, unless `copy`.
         """
         check_known([adapter_name or p.adapter], list(p.configs))
         p = replace(p, adapter=adapter_name or p.adapter)
         backbone, projection = p.network(BACKBONE), p.network(PROJECTION)
         assert backbone is not None
-        heads = {}
+        head = None
         if (name := head_name(model)) is not None:
             head = p.network(HEAD) or model.get_submodule(name)
-            heads[name] = head if projection is None else nn.Sequential(projection, head)
-        made = standalone(model, backbone, heads, shares(p.config, backbone, model))
+            head = head if projection is None else nn.Sequential(projection, head)
+        made = standalone(model, backbone, head, shares(p.config, backbone, model))
         return copying.deepcopy(made) if copy else made
-
-
-def shares(config: ShadowConfig, backbone: nn.Module, model: nn.Module) -> bool:
-    """Whether the small decoder reads the base's embeddings."""
-    same = config.shadow_hidden_size in (None, width_of(getattr(model, "config", None)))
-    return config.share_embeddings and same and takes(backbone, ("inputs_embeds",)) is not None
-
-
-def started(p: Held, model: Any, ids: Tensor | None, given: Mapping[str, Any]) -> tuple[Tensor, Any]:
-    """The first state `[rows, tokens, width]`, and the small decoder's cache."""
-    backbone, projection = p.network(BACKBONE), p.network(PROJECTION)
-    assert backbone is not None
-    cache, embeds, use = cache_in(given), given.get("inputs_embeds"), given.get("use_cache")
-    past = follower(cache, p.adapter)
-    if past is None and cache is not None and cache.get_seq_length():
-        raise CallError(f"the cache comes from calls without adapter {p.adapter!r}; begin a new one with it.")
-    if ids is None and embeds is None:
-        raise CallError(f"adapter {p.adapter!r} begins with input_ids or inputs_embeds, and the call has neither.")
-    if embeds is None and shares(p.config, backbone, model):
-        embeds = model.get_input_embeddings()(ids)
-    options = {n: given[n] for n in ("attention_mask", "position_ids") if given.get(n) is not None}
-    options["use_cache"] = bool(getattr(model.config, "use_cache", False) if use is None else use)
-    if (name := takes(backbone, CACHES)) is not None:
-        options[name] = past
-    source = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
-    out = backbone(**source, **options, return_dict=True)
-    state = out.last_hidden_state
-    made = cache_in({name: getattr(out, name, None) for name in CACHES})
-    return state if projection is None else projection(state), made
-
-
-def injected(p: Held, h: Tensor, s: Tensor) -> Tensor:
-    """The block's input, with what sets it apart from s."""
-    down, up = p["shadow_down.weight"], p["shadow_up.weight"]
-    apart = F.dropout((h - s).to(down.dtype), p.config.shadow_dropout, p.training)
-    return h + (p.config.shadow_alpha * F.linear(F.linear(apart, down), up)).to(h.dtype)
-
-
-def updated(p: Held, h: Tensor, s: Tensor) -> Tensor:
-    """The next state, from the block's output."""
-    x = h.to(p["shadow_down.weight"].dtype)
-    gate = network(p, "shadow_update_gate", x).sigmoid()
-    return ((1 - gate) * s.to(x.dtype) + gate * network(p, "shadow_update_transform", x)).to(s.dtype)
-
-
-def network(p: Held, name: str, x: Tensor) -> Tensor:
-    """Two linear layers with GELU between them."""
-    x = F.gelu(F.linear(x, p[f"{name}.0.weight"], p[f"{name}.0.bias"]))
-    return F.linear(x, p[f"{name}.2.weight"], p[f"{name}.2.bias"])
-
-
-def own_loss(p: Held, model: Any, first: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-    """The small decoder's own loss; None where the task has none."""
-    labels, head = given.get("labels"), p.network(HEAD)
-    if labels is None:
-        return None
-    if head is not None:
-        return classified(head(last(first, given.get("attention_mask"))), labels)
-    if p.config.task_type != TaskType.CAUSAL_LM:
-        return None
-    logits = model.get_output_embeddings()(first)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED)

@@ -8,11 +8,10 @@ token, layer by layer or for all layers alike; then the experts act with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import PeftConfig
@@ -23,8 +22,8 @@ from ..core.target import walk
 from ..errors import CallError, ConfigError
 from ..registry import method
 from ..weights.site import Conv1D, Embedding, Linear, Site
-
-CLASSIFIER = "internal_xlora_classifier"
+from .parts.classifier import CLASSIFIER, Classified
+from .parts.share_log import LOG, Journal, Logged
 
 
 @dataclass(kw_only=True)
@@ -74,26 +73,15 @@ class XLoraConfig(PeftConfig):
         self.require(not alone, "enable_softmax_topk=True means the experts that top_k_lora leaves; give it too.")
 
 
-@dataclass
-class Journal:
-    """What the classifier gave: the latest shares, and all of them while `on`."""
-
-    latest: Tensor | None = None
-    on: bool = False
-    kept: list[Tensor] = field(default_factory=list)
-
-
 @method("xlora", XLoraConfig, sites=(Linear, Conv1D, Embedding), prefix=CLASSIFIER)
-class XLoRA(Routed):
+class XLoRA(Classified, Logged, Routed):
     law = "one"
     unmergeable = "each token mixes the experts in its own way"
     unmixable = "the experts' shares come from a run of the whole batch"
     exact_start = False
     saves_embedding = False
     controls = (
-        "set_topk_lora", "set_global_scaling_weight", "get_global_scaling_weight", "set_scaling_pass_value",
-        "get_latest_scalings", "get_scalings_log", "enable_scalings_logging", "disable_scalings_logging",
-        "clear_scalings_log", "get_bucketed_scalings_log",
+        *LOG, "set_topk_lora", "set_global_scaling_weight", "get_global_scaling_weight", "set_scaling_pass_value",
     )  # fmt: skip
 
     # where it is
@@ -124,37 +112,6 @@ class XLoRA(Routed):
 
     def init(self, p: View) -> None:
         """No layer has tensors of its own."""
-
-    # the classifier
-
-    def commons(self, config: PeftConfig, sites: Mapping[str, Site]) -> dict[str, Spec]:
-        assert isinstance(config, XLoraConfig)
-        assert config.hidden_size is not None
-        outputs = len(config.brings) * (len(sites) if config.layerwise_scalings else 1)
-        widths = [config.hidden_size, *[config.xlora_size] * (config.xlora_depth - 1), outputs]
-        specs: dict[str, Spec] = {}
-        for place, inner, outer in zip(places(config), widths, widths[1:], strict=False):
-            specs[f"{CLASSIFIER}.layers.{place}.weight"] = Spec((outer, inner))
-            specs[f"{CLASSIFIER}.layers.{place}.bias"] = Spec((outer,))
-        return specs
-
-    def init_commons(self, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-        """As new linear layers start."""
-        for name, tensor in tensors.items():
-            bound = tensors[f"{name.rpartition('.')[0]}.weight"].shape[1] ** -0.5
-            tensor.uniform_(-bound, bound)
-
-    def classify(self, p: View, hidden: Tensor) -> Tensor:
-        """The experts' shares, `[rows, tokens, layers, experts]`."""
-        held, (*inner, last) = p.internal_xlora_classifier, places(p.config)
-        hidden = hidden.to(held[f"layers.{last}.weight"].dtype)
-        for place in inner:
-            hidden = F.linear(hidden, held[f"layers.{place}.weight"], held[f"layers.{place}.bias"])
-            hidden = F.dropout(hidden.relu(), p.xlora_dropout_p, p.training)
-        scores = F.linear(hidden, held[f"layers.{last}.weight"], held[f"layers.{last}.bias"])
-        experts = len(p.config.brings)
-        scores = scores.unflatten(-1, (-1, experts)).expand(*scores.shape[:-1], p.layers, experts)
-        return (scores / p.softmax_temperature).softmax(-1) if p.enable_softmax else scores
 
     # a call
 
@@ -207,35 +164,6 @@ class XLoRA(Routed):
         config: Any = p.config
         config.scaling_pass_value = 1 / len(p.config.brings) if value is None else value
 
-    def get_latest_scalings(self, p: View) -> Tensor | None:
-        """The last call's shares, `[rows, tokens, layers, experts]`; None before the first."""
-        return p.journal.latest
-
-    def get_scalings_log(self, p: View) -> list[Tensor]:
-        """The shares of all calls while logging was on, in a new list."""
-        return list(p.journal.kept)
-
-    def enable_scalings_logging(self, p: View) -> None:
-        """Keep every call's shares from now on."""
-        p.journal.on = True
-
-    def disable_scalings_logging(self, p: View) -> None:
-        """Keep no more; what was kept stays."""
-        p.journal.on = False
-
-    def clear_scalings_log(self, p: View) -> None:
-        """Forget the shares that were kept."""
-        p.journal.kept.clear()
-
-    def get_bucketed_scalings_log(self, p: View) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """The kept shares by their number of tokens: their places in the log, and they."""
-        found: dict[int, tuple[list[int], list[Tensor]]] = {}
-        for i, shares in enumerate(p.journal.kept):
-            numbers, kept = found.setdefault(shares.shape[1], ([], []))
-            numbers.append(i)
-            kept.append(shares)
-        return found
-
 
 def carried(p: View) -> str:
     """The name under which a call carries the shares."""
@@ -249,12 +177,6 @@ def chosen(p: View, shares: Tensor) -> Tensor:
     best = shares.topk(min(p.top_k_lora, shares.shape[-1]), dim=-1)
     kept = best.values.softmax(-1) if p.enable_softmax_topk else best.values
     return torch.zeros_like(shares).scatter(-1, best.indices, kept)
-
-
-def places(config: Any) -> list[int]:
-    """Where the classifier's linear layers stand among activations and dropouts."""
-    step = 3 if config.xlora_dropout_p > 0 else 2
-    return [step * i for i in range(config.xlora_depth)]
 
 
 def hidden_size(model: nn.Module) -> int:

@@ -13,6 +13,8 @@ from torch import nn
 from ...core.host import bare
 from ...core.target import walk
 from ...errors import ConfigError, UnsupportedLayerError, UnsupportedOptionError
+from .heads import head_name
+from .ready import bounded, relative
 
 DEPTH = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -64,8 +66,8 @@ def width_of(config: Any) -> int:
     return int(found)
 
 
-def mirror(model: nn.Module, depth: int, width: int | None, inner: int | None, heads: int | None) -> nn.Module:
-    """A new decoder like a model's, of other sizes where they are given, in the model's dtype and place."""
+def mirror(model: nn.Module, depth: int, width: int | None, inner: int | None, heads: int | None) -> Any:
+    """A new decoder like a model's, of other sizes where they are given."""
     _, decoder = decoder_of(model)
     config = copy.deepcopy(cast(Any, decoder).config)
     for names, value in ((DEPTH, depth), (WIDTH, width), (INNER, inner), (HEADS, heads)):
@@ -75,8 +77,14 @@ def mirror(model: nn.Module, depth: int, width: int | None, inner: int | None, h
         config.layer_types = [*kinds[:depth], *kinds[-1:] * (depth - len(kinds))]
     if (windows := getattr(config, "max_window_layers", None)) is not None:
         config.max_window_layers = min(windows, depth)
+    return type(decoder)(bounded(config))
+
+
+def beside(model: nn.Module, made: nn.Module) -> nn.Module:
+    """A new module in a model's dtype and place; one on meta stays there."""
     kept = next(p for p in model.parameters() if p.is_floating_point())
-    return type(decoder)(config).to(kept.device, kept.dtype)
+    on_meta = any(p.is_meta for p in made.parameters())
+    return made.to(kept.dtype) if on_meta else made.to(kept.device, kept.dtype)
 
 
 def _set(config: Any, names: tuple[str, ...], value: int) -> None:
@@ -92,13 +100,12 @@ def takes(decoder: nn.Module, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in known), None)
 
 
-def standalone(model: nn.Module, decoder: nn.Module, heads: dict[str, nn.Module], embeddings: bool) -> nn.Module:
-    """A model of this one's class around another decoder, with these heads by their paths; nothing is copied.
+def standalone(model: nn.Module, decoder: nn.Module, head: nn.Module | None, embeddings: bool) -> nn.Module:
+    """A model around another decoder, with a head where one is given; nothing is copied.
 
-    embeddings: the decoder is to use the model's.
+    It is of the model's class, or of the decoder's family where that is another one. embeddings: the decoder uses the model's.
     """
     path, own = decoder_of(model)
-    config = cast(Any, decoder).config
     if embeddings:
         table = cast(Any, model).get_input_embeddings()
         name = next(n for n, m in own._modules.items() if m is not None and bare(m) is bare(table))
@@ -107,13 +114,14 @@ def standalone(model: nn.Module, decoder: nn.Module, heads: dict[str, nn.Module]
     if not path:
         return decoder
     with torch.device("meta"):
-        made = type(model)(config)
-    for place, module in {path: decoder, **heads}.items():
+        made = type(model)(cast(Any, decoder).config) if type(decoder) is type(own) else relative(model, decoder)
+    parts = {decoder_of(made)[0]: decoder} | ({} if head is None else {str(head_name(made)): head})
+    for place, module in parts.items():
         parent, _, child = place.rpartition(".")
         setattr(made.get_submodule(parent), child, module)
     if left := [n for n, t in made.state_dict(keep_vars=True).items() if t.is_meta]:
         raise UnsupportedOptionError(
-            f"a {type(model).__name__} cannot stand without {left[0]}, which is the base's alone."
+            f"a {type(made).__name__} cannot stand without {left[0]}, which is the base's alone."
         )
     if (settings := getattr(model, "generation_config", None)) is not None:
         cast(Any, made).generation_config = copy.deepcopy(settings)
