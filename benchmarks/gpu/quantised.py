@@ -47,6 +47,7 @@ SMALL = {
     "num_key_value_heads": 2,
 }
 KINDS = ("graftlet", "reference")
+OPTIMISED = ", optimised"
 
 
 def base(sizes: dict[str, int], device: torch.device, layers: int | None = None) -> Any:
@@ -192,7 +193,11 @@ def timed(args: argparse.Namespace, device: torch.device, kind: str, autocast: b
     """A training step: forward, backward and the optimiser. The base alone runs forward, and backward to its input."""
     model = base(args.sizes, device)
     if kind != "base":
-        model = adapted(kind, model, args.r)
+        model = adapted(kind.removesuffix(OPTIMISED), model, args.r)
+    if kind.endswith(OPTIMISED):
+        import graftlet
+
+        graftlet.optimize_model(model)
     model.train()
     if saving:
         model.enable_input_require_grads()
@@ -256,10 +261,12 @@ def speeds(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for saving in (False, True):
         for autocast in (False, True):
-            for kind in ("base", *KINDS):
+            for kind in ("base", *KINDS, f"graftlet{OPTIMISED}"):
                 how = (
                     f"{kind}, {'autocast' if autocast else 'no autocast'}, {'checkpointing' if saving else 'all kept'}"
                 )
+                if args.only not in how:
+                    continue
                 with case(found, how):
                     found[how] = timed(args, device, kind, autocast, saving)
                 print(f"{how:<45}", line(found[how]), flush=True)
@@ -292,6 +299,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--only", default="", help="cases with this word in their name")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.sizes = SMALL if args.small else WHOLE

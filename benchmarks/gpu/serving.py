@@ -106,6 +106,48 @@ def apart(made: Any, ids: torch.Tensor, names: list[str]) -> float:
     return worst
 
 
+def captured(run: Callable[[], Any]) -> tuple[Callable[[], None], torch.Tensor]:
+    """A call of a model as a CUDA graph, to be run again over the same memory, and the logits that it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run().logits
+    return graph.replay, logits
+
+
+def graphs(key: str, library: Any, model: Any) -> list[Row]:
+    """32 rows, of 1 and of 128 tokens, in a CUDA graph: the base, one active, 8 and 32 mixed; each beside an eager call."""
+    rows: list[Row] = []
+    model.eval()
+    made = filled(library.get_peft_model(model, config(library, 16), "a0"))
+    for i in range(1, COUNT):
+        made.add_adapter(f"a{i}", config(library, 16))
+    filled(made).eval()
+    cases = {"base": {"adapter_names": ["__base__"] * COUNT}, "one active": {}}
+    cases["32 adapters"] = {"adapter_names": [f"a{i}" for i in range(COUNT)]}
+    cases["8 adapters"] = {"adapter_names": [f"a{i % 8}" for i in range(COUNT)]}
+    for t in (1, 128):
+        ids = torch.randint(0, model.config.vocab_size, (COUNT, t), device=DEVICE)
+        for what, given in cases.items():
+            with torch.inference_mode():
+                replay, logits = captured(lambda ids=ids, given=given: made(input_ids=ids, use_cache=False, **given))
+                ids.random_(0, model.config.vocab_size)
+                replay()
+                expected = made(input_ids=ids, use_cache=False, **given).logits
+                off = float((logits - expected).float().norm() / expected.float().norm())
+                rows.append({"what": f"{COUNT} rows of {t}, {what}, CUDA graph", "who": key, "s": seconds(replay)})
+            print(f"{rows[-1]['what']} of {key}: off from an eager call by {off:.1e}", flush=True)
+            del replay, logits, expected
+            release()
+    made.unload()
+    return rows
+
+
 def files(key: str, library: Any, model: Any) -> list[Row]:
     """Injecting, saving, loading and swapping an adapter of r=64."""
     rows: list[Row] = []
@@ -159,7 +201,7 @@ def combining(key: str, library: Any, model: Any) -> list[Row]:
     return rows
 
 
-PARTS = {"mixed": mixed, "files": files, "combining": combining}
+PARTS = {"mixed": mixed, "files": files, "combining": combining, "graphs": graphs}
 
 
 def merged(rows: list[Row]) -> list[Row]:

@@ -80,6 +80,11 @@ def test_adapters_on_a_half_precision_base(case: Case, dtype: torch.dtype) -> No
     laws.it_works_on_a_half_precision_base(case, dtype)
 
 
+@table(quick=representative)
+def test_it_works_under_autocast(case: Case) -> None:
+    laws.it_works_under_autocast(case)
+
+
 @table(quick=representative, only=LAWS[laws.two_active_adapters_follow_the_declared_law])
 def test_two_active_adapters_follow_the_declared_law(case: Case) -> None:
     laws.two_active_adapters_follow_the_declared_law(case)

@@ -119,6 +119,17 @@ def test_learns_as_the_reference_does(values: dict[str, Any], weight: float) -> 
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+@pytest.mark.parametrize("keep", [3, torch.tensor([2, 3, 4])], ids=["last", "by index"])
+def test_its_own_loss_is_of_the_logits_that_are_asked_for(keep: Any) -> None:
+    model, labels = made(shadow_dropout=0.0), IDS.clone()
+    labels[:, :3] = -100  # so the first logit kept is of the first token that counts
+    whole = model(input_ids=IDS, labels=labels).shadow_loss
+    part = model(input_ids=IDS, labels=labels[:, 2:], logits_to_keep=keep).shadow_loss
+    torch.testing.assert_close(part, whole)
+    given = model(input_ids=IDS, labels=labels, num_items_in_batch=8).shadow_loss
+    torch.testing.assert_close(given, whole * (labels[:, 1:] != -100).sum() / 8)
+
+
 def test_dropout_is_drawn_as_in_the_reference() -> None:
     theirs, mine = both(llama(), shadow_dropout=0.5)
     found = []

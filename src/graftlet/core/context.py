@@ -7,17 +7,21 @@ gradient checkpointing happens after the call has returned; `carrying` brings th
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import CallError
 from .traffic import Traffic
+
+R = TypeVar("R")
 
 BASE = "__base__"
 """In `adapter_names`: a row that the base model serves alone."""
@@ -65,17 +69,13 @@ class Call:
         if count is None or not rows or count % len(rows) or (exact and count != len(rows)):
             return None
         if (count, device) not in self.known:
-            self.known[count, device] = self._found(rows, count, device)
+            self.known[count, device] = _served(rows, count, device)
         return self.known[count, device]
 
     def which(self, names: tuple[str, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of an input of `count` rows, those that one of these adapters serves, and the number of the adapter in `names`."""
         if (names, count, device) not in self.known:
-            groups = dict(self.groups(count, device) or ())
-            rows = torch.cat([groups[n] for n in names])
-            owner = torch.cat([groups[n].new_full(groups[n].shape, i) for i, n in enumerate(names)])
-            order = rows.argsort()
-            self.known[names, count, device] = rows[order], owner[order]
+            self.known[names, count, device] = _owners(self.rows or (), names, count, device)
         return self.known[names, count, device]
 
     def value(self, name: str, count: int) -> Tensor | None:
@@ -111,11 +111,43 @@ class Call:
         }
         return Call(alone=name, values=values)
 
-    def _found(self, rows: tuple[str, ...], count: int, device: torch.device) -> list[tuple[str, Tensor]]:
-        repeat, found = count // len(rows), dict[str, list[int]]()
-        for i, name in enumerate(rows):
-            found.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
-        return [(name, torch.tensor(index, device=device)) for name, index in found.items()]
+
+def kept(make: Callable[..., R]) -> Callable[..., R]:
+    """Index tensors by what they are made from, kept from call to call: servers ask for the same ones again and again.
+
+    So they are on the device before a call is captured in a graph, which can copy nothing there. Compiled code makes its own,
+    and so does what runs in another mode, where a tensor may stand for one.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def remembered(*key: Any) -> R:
+        with torch.inference_mode(False):  # they may stand in a graph of autograd later
+            return make(*key)
+
+    @functools.wraps(make)
+    def found(*key: Any) -> R:
+        apart = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return make(*key) if apart else remembered(*key)
+
+    return found
+
+
+@kept
+def _served(rows: tuple[str, ...], count: int, device: torch.device) -> list[tuple[str, Tensor]]:
+    """Each adapter with the indices of its rows."""
+    repeat, found = count // len(rows), dict[str, list[int]]()
+    for i, name in enumerate(rows):
+        found.setdefault(name, []).extend(range(i * repeat, (i + 1) * repeat))
+    return [(name, torch.tensor(index, device=device)) for name, index in found.items()]
+
+
+@kept
+def _owners(rows: tuple[str, ...], names: tuple[str, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of `count` rows, those that one of these adapters serves, and the number of that adapter in `names`."""
+    number, repeat = {name: i for i, name in enumerate(names)}, count // len(rows)
+    served = [(i, number[rows[i // repeat]]) for i in range(count) if rows[i // repeat] in number]
+    index, owner = zip(*served, strict=True)
+    return torch.tensor(index, device=device), torch.tensor(owner, device=device)
 
 
 def reaches(adapter: str) -> str:

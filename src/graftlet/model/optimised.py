@@ -28,6 +28,7 @@ from ..core.kernel import kind_of
 from ..core.prompt import CACHES, IGNORED
 from ..kernels.head_loss import HeadLoss
 from ..kernels.recipe import noted
+from ..methods.parts import heads
 from ..weights.site import site_of
 
 Forward = Callable[..., Any]
@@ -282,12 +283,7 @@ def headed(module: nn.Module) -> Forward | None:
             return plain(self, *args, **kept, **kwargs)
         loss_arguments = {n: kwargs.pop(n) for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
         outputs = self.model(*args, **{**kwargs, "return_dict": True})
-        hidden = outputs[0]
-        if isinstance(logits_to_keep, int):
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        else:
-            hidden = hidden[:, logits_to_keep]
-        loss = head_loss(hidden, *dense, labels, cap=cap, **loss_arguments)
+        loss = head_loss(heads.kept(outputs[0], logits_to_keep), *dense, labels, cap=cap, **loss_arguments)
         return _answer(loss, outputs)
 
     return marked(forward)
@@ -314,9 +310,7 @@ def head_loss(
     cap: float | None = None,
 ) -> Tensor:
     """The causal loss of hidden states `[rows, tokens, features]` and a head, as transformers' own is of their logits."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    targets = shift_labels.reshape(-1).to(hidden.device)
+    targets = heads.targets(labels, shift_labels).to(hidden.device)
     total = HeadLoss.apply(hidden.flatten(0, -2), W, b, targets, cap or 0.0)
     counted = (targets != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return cast(Tensor, total) / counted

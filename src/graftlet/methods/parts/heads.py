@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's own head, and the loss of a classifier's."""
+"""A model's own head, what it is given of a call's states and labels, and the loss of a classifier's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.prompt import IGNORED
 from ...core.target import HEADS
 
 
@@ -25,6 +26,18 @@ def last(states: Tensor, mask: Tensor | None) -> Tensor:
         return states[:, -1]
     places = torch.arange(mask.shape[1], device=mask.device)
     return states[torch.arange(len(states), device=states.device), (mask.ne(0) * places).argmax(-1).to(states.device)]
+
+
+def kept(states: Tensor, logits_to_keep: Tensor | int = 0) -> Tensor:
+    """Those of the states `[rows, tokens, width]` whose logits a call asks for: the last so many, all for 0, or by index."""
+    if isinstance(logits_to_keep, int):
+        return states[:, -logits_to_keep:] if logits_to_keep else states
+    return states[:, logits_to_keep]
+
+
+def targets(labels: Tensor, shift_labels: Tensor | None = None) -> Tensor:
+    """The token that comes after each one, flat: by labels for the tokens themselves, or as given."""
+    return (F.pad(labels, (0, 1), value=IGNORED)[..., 1:] if shift_labels is None else shift_labels).flatten()
 
 
 def classified(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ...config import TaskType
 from ...core.around import Held
 from ...core.prompt import CACHES, IGNORED
 from ...errors import CallError
-from .heads import classified, last
+from .heads import classified, kept, last, targets
 from .mirror import takes, width_of
 from .paired import cache_in, follower
 
@@ -83,5 +83,8 @@ def own_loss(p: Held, model: Any, first: Tensor, given: Mapping[str, Any]) -> Te
         return classified(head(last(first, given.get("attention_mask"))), labels)
     if p.config.task_type != TaskType.CAUSAL_LM:
         return None
-    logits = model.get_output_embeddings()(first)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORED)
+    logits = model.get_output_embeddings()(kept(first, given.get("logits_to_keep", 0))).flatten(0, 1).float()
+    following = targets(labels, given.get("shift_labels")).to(logits.device)
+    total = F.cross_entropy(logits, following, ignore_index=IGNORED, reduction="sum")
+    counted = given.get("num_items_in_batch")  # of several batches whose gradients are added up
+    return total / ((following != IGNORED).sum() if counted is None else counted)

@@ -10,6 +10,7 @@ import enum
 import itertools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
@@ -79,7 +80,8 @@ class PromptEncoder(Prompt):
     def rows(self) -> Tensor:
         made = self.embedding.weight
         if self.lstm_head is not None:
-            made = self.lstm_head(made.unsqueeze(0))[0].squeeze(0)
+            with torch.autocast(made.device.type, enabled=False):  # not every processor has it in half precision
+                made = self.lstm_head(made.unsqueeze(0))[0].squeeze(0)
         return made if self.mlp_head is None else self.mlp_head(made)
 
     def saved(self) -> dict[str, Tensor]:

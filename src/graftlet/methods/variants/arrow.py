@@ -107,9 +107,12 @@ def found(experts: list[View], general: list[View]) -> Tensor:
 def direction(A: Tensor, B: Tensor) -> Tensor:
     """The top right singular vector of B A, by a problem of its rank's size; zero where the product is."""
     A, B = A.float(), B.float()
-    Q, R = torch.linalg.qr(A.T)
-    values, vectors = torch.linalg.eigh(R @ (B.T @ B) @ R.T)
-    return Q @ vectors[:, -1] * (values[-1] > 0)
+    with torch.autocast(
+        A.device.type, enabled=False
+    ):  # half precision tells no directions apart, nor can all devices do it
+        Q, R = torch.linalg.qr(A.T)
+        values, vectors = torch.linalg.eigh(R @ (B.T @ B) @ R.T)
+        return Q @ vectors[:, -1] * (values[-1] > 0)
 
 
 def shares(p: View, match: Tensor) -> Tensor:

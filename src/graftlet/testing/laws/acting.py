@@ -20,6 +20,7 @@ from ..running import (
     fresh,
     loss,
     merged_weights,
+    output,
     refuses,
     run,
     same,
@@ -98,6 +99,23 @@ def disabled_equals_the_base(case: Case) -> None:
         model.merge_adapter()
         with model.disable_adapter():
             near(run(model, case), base, SINGLE, what="a merged adapter that is disabled does nothing")
+
+
+def it_works_under_autocast(case: Case, dtype: torch.dtype = BRAIN) -> None:
+    """The output is the one without, as far as half precision goes; gradients are in the adapter's own precision."""
+    model = adapted(case)
+    y = run(model, case)
+    with torch.autocast("cpu", dtype):
+        found = output(model, case)
+        total = loss(model, case)
+    near(found.detach().float(), y, dtype, what=f"the output without autocast to {dtype}, as far as it can be told")
+    total.backward()
+    given = [(p.grad, p.dtype) for p in learning(model, "default") if p.grad is not None]
+    expect(given, "gradients")
+    expect(
+        all(grad.dtype == kind and grad.isfinite().all() for grad, kind in given),
+        "each finite, in its parameter's dtype",
+    )
 
 
 def it_works_on_a_half_precision_base(case: Case, dtype: torch.dtype = BRAIN) -> None:
