@@ -37,9 +37,10 @@ def routed(values: dict[str, Any]) -> None:
     whole = check({**values, "output": str(output / "data")})
     pieces = sliced(whole, own["experts"], own["general"], output)
     paths, parts = [], []
-    for name, data in pieces.items():
+    for i, (name, data) in enumerate(pieces.items()):
         path = output / name
-        parts.append(train(check({**values, "data": data, "output": str(path)})).summary)
+        apart = {"seed": whole.seed + i}  # from one seed all begin with the same A, which a subtraction would take away
+        parts.append(train(check({**values, **apart, "data": data, "output": str(path)})).summary)
         paths.append(str(path))
     count = own["experts"]
     base = load_base(model_folder(whole.model.source, print), whole.model, whole.quantization)
