@@ -47,8 +47,8 @@ SEED ?= 1
 test-hostile: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) tests/hostile
 	for target in header config keys pattern; do \
-	  $(BIN)/python -m tests.hostile.fuzz $$target --cases $(CASES) --seed $(SEED) || exit 1; done
-	$(BIN)/python -m tests.hostile.fuzz soak --cases $(OPERATIONS) --seed $(SEED)
+	  $(BIN)/python -m tests.hostile.fuzz $$target --cases $(CASES) --seed $(SEED) --jobs $(JOBS) || exit 1; done
+	$(BIN)/python -m tests.hostile.fuzz soak --cases $(OPERATIONS) --seed $(SEED) --jobs $(JOBS)
 	if $(BIN)/pip install -q atheris; then for target in header config keys pattern; do \
 	  $(BIN)/python -m tests.hostile.fuzz $$target --engine atheris --cases $(CASES) --seed $(SEED) || exit 1; done; fi
 

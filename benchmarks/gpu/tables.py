@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of what was measured on a GPU, from the JSON files beside it: `python benchmarks/gpu/tables.py`.
 
-Writes benchmarks/results/gpu.md from training-step.json and serving.json in that folder.
+Writes benchmarks/results/gpu.md from training-step.json, quantised-gpu.json and serving.json in that folder.
 """
 
 from __future__ import annotations
@@ -45,6 +45,21 @@ def steps(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {what} | {ours['ms']:.0f} ms | {other[0]} | {other[1]} | {ours['GB']:.1f} GB | {peak} |"
 
 
+def quantised(found: dict[str, Any]) -> Iterator[str]:
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
+    yield "\n## A training step on 4 bits\n"
+    yield "The same shape, its linear layers NF4 with double quantisation, adapters of r=16; medians.\n"
+    yield f"{found['device']}, {versions}, {found['date']}.\n"
+    yield "| how | frozen base | Graftlet | optimised | reference | Graftlet's peak | optimised | reference's |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    whose = ("base", "graftlet", "graftlet, optimised", "reference")
+    for how in dict.fromkeys(name.partition(", ")[2].removeprefix("optimised, ") for name in found["speed"]):
+        rows = [found["speed"][f"{who}, {how}"] for who in whose]
+        times = " | ".join(f"{row['step ms']:.0f} ms" for row in rows)
+        peaks = " | ".join(f"{row['peak GiB'] * 2**30 / 1e9:.1f} GB" for row in rows[1:])
+        yield f"| {how} | {times} | {peaks} |"
+
+
 def serving(found: dict[str, Any]) -> Iterator[str]:
     yield "\n## Many adapters, files, merging\n"
     yield "The same model; 32 adapters of r=16 for mixed batches, r=64 (335 MB) for files.\n"
@@ -61,7 +76,7 @@ def serving(found: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     lines = ["# Measured on a GPU\n"]
-    for name, part in (("training-step.json", steps), ("serving.json", serving)):
+    for name, part in (("training-step.json", steps), ("quantised-gpu.json", quantised), ("serving.json", serving)):
         if (found := loaded(name)) is not None:
             lines += part(found)
     lines.append(

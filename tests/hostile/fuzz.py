@@ -2,6 +2,7 @@
 """The long part: a million cases for each parser, and a soak of 100,000 operations. `make test-hostile` runs it.
 
     python -m tests.hostile.fuzz soak --cases 100000 --seed 1
+    python -m tests.hostile.fuzz config --cases 1000000 --jobs 16
     python -m tests.hostile.fuzz header --engine atheris --cases 1000000
 
 Each run adds how many cases it took, with which seed, to `benchmarks/results/hostile.json`. A case that breaks what must
@@ -18,8 +19,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import date
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +246,23 @@ def _memory() -> float:
     return int(line.split()[1]) / 1024
 
 
+def shared(target: str, cases: int, number: int, jobs: int) -> dict[str, Any]:
+    """The cases by several processes at once, each with a seed of its own: from `number` on."""
+    counts = [cases // jobs + (i < cases % jobs) for i in range(jobs)]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        found = list(pool.map(alone, [target] * jobs, counts, range(number, number + jobs)))
+    return {name: [one[name] for one in found] for name in found[0]} | ({"seeds": jobs} if jobs > 1 else {})
+
+
+def alone(target: str, cases: int, number: int) -> dict[str, Any]:
+    """The cases by one process."""
+    warnings.simplefilter("ignore")
+    if target == "soak":
+        return soak(cases, number)
+    with_hypothesis(target, cases, number)
+    return {}
+
+
 def record(target: str, engine: str, cases: int, number: int, seconds: float, **more: Any) -> None:
     """Add a run to the results, in the place of an earlier one of its kind."""
     held = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -259,17 +279,16 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=["hypothesis", "atheris"], default="hypothesis")
-    given_ = parser.parse_args()
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases, each with the next seed")
+    asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    if asked.engine == "atheris":
+        with_atheris(asked.target, asked.cases, asked.seed)
+        return
     begun = time.perf_counter()
-    if given_.target == "soak":
-        more = soak(given_.cases, given_.seed)
-        record("soak", "random", given_.cases, given_.seed, time.perf_counter() - begun, **more)
-    elif given_.engine == "atheris":
-        with_atheris(given_.target, given_.cases, given_.seed)
-    else:
-        with_hypothesis(given_.target, given_.cases, given_.seed)
-        record(given_.target, "hypothesis", given_.cases, given_.seed, time.perf_counter() - begun)
+    more = shared(asked.target, asked.cases, asked.seed, asked.jobs)
+    engine = "random" if asked.target == "soak" else asked.engine
+    record(asked.target, engine, asked.cases, asked.seed, time.perf_counter() - begun, **more)
 
 
 if __name__ == "__main__":
