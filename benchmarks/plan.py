@@ -227,8 +227,8 @@ def foretold(case: str, device: str) -> dict[str, Any]:
 
 
 def row(case: str, device: str) -> dict[str, Any]:
-    """One case in a process of its own, so that nothing of another is in it: on the CPU a copy of this one."""
-    kind = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
+    """One case in a process of its own, so that nothing of another is in it. A copy of this one's would hang in the profiler."""
+    kind = multiprocessing.get_context("spawn")
     ours, theirs = kind.Pipe(duplex=False)
     child = kind.Process(target=_told, args=(theirs, case, device))
     child.start()
