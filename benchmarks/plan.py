@@ -227,7 +227,7 @@ def foretold(case: str, device: str) -> dict[str, Any]:
 
 
 def row(case: str, device: str) -> dict[str, Any]:
-    """One case in a process of its own, so that nothing of another is in it. A copy of this one's would hang in the profiler."""
+    """One case in a process of its own, so that nothing of another is in it; a fork of this one hangs in the profiler."""
     kind = multiprocessing.get_context("spawn")
     ours, theirs = kind.Pipe(duplex=False)
     child = kind.Process(target=_told, args=(theirs, case, device))

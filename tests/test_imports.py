@@ -27,7 +27,7 @@ OPTIONAL = {
     "methods.parts.ready": {"transformers"}, "weights.bnb": {"bitsandbytes"},
     "weights.aqlm": {"numba"}, "weights.compressed": {"compressed_tensors"}, "weights.hqq": {"hqq"},
     "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"}, "kernels.dropped_triton": {"triton"},
-    "kernels.head_loss_triton": {"triton"},
+    "kernels.head_loss_triton": {"triton"}, "kernels.rows_triton": {"triton"},
 }  # fmt: skip
 """What a part needs beside torch for some of what it does, imported as that is used."""
 

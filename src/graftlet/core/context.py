@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import CallError
+from .kernel import capturing
 from .traffic import Traffic
 
 R = TypeVar("R")
@@ -115,9 +116,10 @@ class Call:
 def kept(make: Callable[..., R]) -> Callable[..., R]:
     """Index tensors by what they are made from, kept from call to call: servers ask for the same ones again and again.
 
-    So they are on the device before a call is captured in a graph, which can copy nothing there. Compiled code makes its own,
-    and so does what runs in another mode, where a tensor may stand for one.
+    So they are on the device before a call is captured in a graph, which can copy nothing there; what one reads stays for good.
+    Compiled code makes its own, and so does what runs in another mode, where a tensor may stand for one.
     """
+    read: dict[Any, R] = {}
 
     @functools.lru_cache(maxsize=64)
     def remembered(*key: Any) -> R:
@@ -126,8 +128,9 @@ def kept(make: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(make)
     def found(*key: Any) -> R:
-        apart = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        return make(*key) if apart else remembered(*key)
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return make(*key)
+        return read.setdefault(key, remembered(*key)) if capturing(key[-1]) else remembered(*key)
 
     return found
 

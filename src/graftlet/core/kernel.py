@@ -28,9 +28,10 @@ KERNELS: dict[str, list[str]] = {
     "adapter": ["graftlet.kernels.lowrank:forward", "graftlet.kernels.half:forward"],
     "product": ["graftlet.kernels.half:product"],
     "map": ["graftlet.kernels.half:mapped"],
+    "rows": ["graftlet.kernels.rows:added"],
 }
 """'module:attribute' of each kernel, imported when the first adapter runs: for a layer with what an adapter adds, for a layer
-with another weight, and for what maps a layer's input.
+with another weight, for what maps a layer's input, and for rows with adapters of their own.
 """
 
 SWITCH = "GRAFTLET_KERNELS"
@@ -58,6 +59,11 @@ def fast_product(site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor |
 def fast_map(method: InputMap, p: View, v: Tensor) -> Tensor | None:
     """A layer's input as an adapter maps it by the first kernel that serves; None where none does."""
     return _first("map", method, p, v)
+
+
+def fast_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tensor | None:
+    """A layer's output `[n, tokens, out]`, written over, with what its row's adapter adds; None where no kernel serves."""
+    return _first("rows", y, x, A, B, owner)
 
 
 def _first(what: str, *given: Any) -> Tensor | None:
@@ -92,3 +98,8 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast sees to the dtypes of operations on a tensor."""
     kind = kind_of(x)
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured. It reads at each replay what it read then, and keeps none of it alive."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

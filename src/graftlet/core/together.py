@@ -13,6 +13,7 @@ from torch import Tensor
 from .context import Call
 from .group import Group
 from .host import AdapterHost
+from .kernel import capturing
 from .method import Method, Spec, Stage, View
 from .tensors import Common
 
@@ -50,15 +51,17 @@ class LastGroup:
     """The group that a layer used last, for as long as all that it was made from is the same.
 
     It is kept in inference alone. What it was made from is known by place and version, so it does not see what is written
-    through a tensor's `.data`. A copy of a layer starts without.
+    through a tensor's `.data`. A copy of a layer starts without. One that a CUDA graph reads is kept until the layer's
+    adapters are others, as the graph itself keeps no memory that was there before it.
     """
 
     def __init__(self) -> None:
         self._held: Held | None = None
+        self._read: dict[int, Group] = {}
 
     def clear(self) -> None:
         """Forget it."""
-        self._held = None
+        self._held, self._read = None, {}
 
     def get(
         self, key: tuple[Any, ...], guards: Callable[[], list[Guard] | None], make: Callable[[], Group | None]
@@ -67,6 +70,8 @@ class LastGroup:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         if self._held is not None and self._held.good(key):
+            if capturing(self._held.group.A.device):
+                self._read[id(self._held.group)] = self._held.group
             return self._held.group
         self._held, group = None, make()
         over = guards() if group is not None else None
@@ -139,7 +144,7 @@ class Together(AdapterHost):
         rows, owner = call.which(names, len(x), x.device)
         every, y = len(rows) == len(x), whole(x)
         if every and group.lean(x, y):
-            return group.added_to(y, x, None if len(names) == len(x) else owner)
+            return group.added_to(y, x, owner)
 
         def plain() -> Tensor:
             own, b = y if every else y.index_select(0, rows), whole.bias()
