@@ -249,7 +249,8 @@ def page(plan: Plan, results: dict[str, Any]) -> str:
     one = best(results["runs"])[0]
     device, steps = results["device"], statistics.mode(r["steps"] for r in results["runs"])
     where = f"{device}, {one['threads']} threads" if device == "cpu" else device
-    where += f", {one['jobs']} runs at once" if one["jobs"] > 1 else ""
+    together = sorted({r["jobs"] for r in results["runs"]})
+    where += f", {' or '.join(map(str, together))} runs at once" if together != [1] else ""
     given = "" if plan.file.name == "methods.toml" else f" --plan benchmarks/{plan.file.name}"
     return (
         f"# {plan.title}\n\n"
