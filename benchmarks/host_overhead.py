@@ -12,18 +12,15 @@ import json
 import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from many_adapters import LINEAR, compare, milliseconds
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftlet
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def base() -> LlamaForCausalLM:
@@ -31,26 +28,6 @@ def base() -> LlamaForCausalLM:
         vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=32, num_attention_heads=4
     )
     return LlamaForCausalLM(config)
-
-
-def timed(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def compare(name: str, works: dict[str, Callable[[], Any]], rounds: int = 9) -> dict[str, Any]:
-    """Medians in milliseconds of alternating runs, and ours as a ratio of the reference's."""
-    for work in works.values():
-        work()
-    times = {k: [] for k in works}
-    for _ in range(rounds):
-        for key, work in works.items():
-            times[key].append(1000 * timed(work))
-    row = {"what": name, **{k: round(statistics.median(v), 2) for k, v in times.items()}}
-    row["ratio"] = round(row["graftlet"] / row["reference"], 3)
-    print(row, flush=True)
-    return row
 
 
 def main() -> None:
@@ -67,7 +44,7 @@ def main() -> None:
     rows = [compare("get_peft_model, 224 layers", {k: lambda k=k: made.update({k: make(k)}) for k in kinds}, 3)]
     rows.append(compare("forward and backward", {k: lambda k=k: made[k](ids).logits.sum().backward() for k in kinds}))
     with torch.no_grad():
-        plain = statistics.median(1000 * timed(lambda: model(ids)) for _ in range(9))
+        plain = statistics.median(milliseconds(lambda: model(ids)) for _ in range(9))
         rows.append({**compare("forward", {k: lambda k=k: made[k](ids) for k in kinds}), "base": round(plain, 2)})
         for k in kinds:
             for name in "abcdefg":
