@@ -54,6 +54,20 @@ def test_another_base_of_the_same_shapes_is_told(tmp_path: Path, monkeypatch: py
         model.load_adapter(tmp_path, "other")
 
 
+def test_a_head_that_the_adapter_brings_is_not_of_the_base(tmp_path: Path) -> None:
+    save(adapted(llama(), lora(target_modules=["v_proj"], modules_to_save=["lm_head"])), tmp_path)
+    base = llama()
+    with torch.no_grad():
+        base.lm_head.weight.normal_()
+    graftlet.PeftModel.from_pretrained(base, tmp_path, verify_base=True)
+    with torch.no_grad():
+        base = llama()
+        base.model.norm.weight.normal_()
+        base.model.embed_tokens.weight.normal_()
+    with pytest.raises(BaseMismatchError, match="their weights differ"), silent():
+        graftlet.PeftModel.from_pretrained(base, tmp_path, verify_base=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_same_base_in_another_dtype_is_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
     saved(tmp_path)

@@ -8,7 +8,7 @@ layers have before they are quantised, and of the weights those are sampled that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -43,12 +43,16 @@ class Fingerprint:
         """It as it stands in a file."""
         return json.dumps({"layers": self.layers, "sample": self.sample}, sort_keys=True, separators=(",", ":"))
 
-    def difference(self, other: Fingerprint) -> str:
-        """In which way another base differs, in words; empty where it does not."""
+    def difference(self, other: Fingerprint, without: Sequence[str] = ()) -> str:
+        """In which way another base differs, in words; empty where it does not.
+
+        without: paths of modules whose numbers do not count, since an adapter stands in for them.
+        """
         if self.layers != other.layers:
             return f"their layers differ in names or shapes ({self.layers[:8]} and {other.layers[:8]})"
         pairs = [
             (a, b) for name in self.sample.keys() & other.sample.keys()
+            if not any(name.startswith(f"{path}.") for path in without)
             for a, b in zip(self.sample[name], other.sample[name], strict=False)
         ]  # fmt: skip
         apart = sum(abs(a - b) > TOLERANCE * max(abs(a), abs(b)) + 1e-7 for a, b in pairs)

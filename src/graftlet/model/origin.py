@@ -11,6 +11,8 @@ from torch import nn
 from ..config import PeftConfig
 from ..core import fingerprint
 from ..core.fingerprint import Fingerprint
+from ..core.host import hosts
+from ..core.replace import Replacement
 from ..errors import BaseMismatchError, BaseMismatchWarning, strict, warn
 from .parts import transformers_config
 
@@ -29,7 +31,9 @@ def check_base(
     The names are compared, and the model's fingerprint with the one that the file records.
     """
     theirs, ours = config.base_model_name_or_path, base_name(model)
-    apart = "" if recorded is None else fingerprint.parsed(recorded, origin).difference(known)
+    # a head that was made anew for the task is in no base's files: the adapter brings its own
+    replaced = [path for path, host in hosts(model) if isinstance(host, Replacement)]
+    apart = "" if recorded is None else fingerprint.parsed(recorded, origin).difference(known, replaced)
     named = theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower()
     unknown = verify and recorded is None
     if not (apart or named or unknown):
