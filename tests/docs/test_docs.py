@@ -12,6 +12,7 @@ import pytest
 
 from graftlet import registry
 from graftlet.knowledge.tables import filled, rows
+from tests.train import tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -19,13 +20,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder in which `my-base` is a tiny language model."""
+    """A folder in which `my-base` is a tiny language model, and `my-model` one with a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "my-base")
+    tiny.save(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from graftlet.cli import ENGINES, app
+from graftlet.cli import ENGINES, TASKS, app
 from graftlet.errors import ConfigError, DependencyError
 from graftlet.registry import entries
 from graftlet.serve.export import TARGETS
-from graftlet.train import trainer
+from graftlet.train import tasks, trainer
 from graftlet.train.recipe import load_recipe
+from graftlet.train.rules import RULES
 from graftlet.train.run import train
 
 from .test_cli import graftlet, trained  # noqa: F401 (fixtures)
@@ -39,7 +40,8 @@ def other(trained: Path, base: Path) -> Path:  # noqa: F811
 def test_init_asks_and_writes_a_recipe_that_trains(base: Path, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     said = (
-        "\n".join([str(base), str(data), "{text}?", "{label}", "hra", "4", "0.01", "1", str(tmp_path / "out")]) + "\n"
+        "\n".join(["sft", str(base), str(data), "{text}?", "{label}", "hra", "4", "0.01", "1", str(tmp_path / "out")])
+        + "\n"
     )
     told = CliRunner().invoke(app, ["init", str(path)], input=said)
     assert told.exit_code == 0, told.output
@@ -54,6 +56,8 @@ def test_init_asks_only_what_is_open(tmp_path: Path) -> None:
     words = [
         "init",
         str(tmp_path / "r.toml"),
+        "--task",
+        "sft",
         "--model",
         "m",
         "--data",
@@ -90,6 +94,22 @@ def test_every_key_that_init_names_exists(tmp_path: Path, graftlet) -> None:  # 
     path.write_text(wanted.replace('metric = "exact_match"', 'metric = "exact_match"\non = "validation"'))
     recipe = load_recipe(path)
     assert (recipe.training.patience, recipe.quantization.method) == (3, "nf4")  # pyright: ignore[reportOptionalMemberAccess]
+
+
+@pytest.mark.parametrize("task", RULES)
+def test_init_knows_every_task(task: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    told = CliRunner().invoke(app, ["init", str(path), "--yes", "--task", task])
+    assert told.exit_code == 0, told.output
+    assert load_recipe(path).task == task
+    assert f'task = "{task}"' in path.read_text()
+    assert set(RULES) == set(TASKS) == set(tasks.TASKS)
+
+
+def test_init_refuses_another_task(graftlet, tmp_path: Path) -> None:  # noqa: F811
+    status, _, said = graftlet("init", tmp_path / "r.toml", "--yes", "--task", "reword")
+    assert (status, "there is no such task" in said) == (1, True)
+    assert not (tmp_path / "r.toml").exists()
 
 
 METHODS = [e.name for e in entries()]

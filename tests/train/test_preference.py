@@ -86,7 +86,7 @@ def test_a_recipe_of_pairs_learns_what_is_preferred(base: Path, tmp_path: Path) 
     ("changes", "said"),
     [
         ({"data": {"prompt": "{text}", "completion": "{good}"}}, "needs data.rejected"),
-        ({"training": {"packing": True}}, "packing must be false"),
+        ({"training": {"packing": True}}, "training.packing: this key is for task = 'sft', not for 'dpo'"),
         ({"task": "sft"}, "for task = 'dpo'"),
         ({"task": "ppo"}, "task"),
     ],

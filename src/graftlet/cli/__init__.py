@@ -19,7 +19,8 @@ Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder with a
 Base = Annotated[str | None, typer.Option(help="The base model, where it is not where the adapter's config says.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as it was trained.")]
 ENGINES = ("vllm", "gguf-lora", "diffusers", "mlx", "merged")
-"""What there is to export to: here too, so that help and completion load nothing."""
+"""What there is to export to: here too, so that help and completion load nothing. So are the tasks."""
+TASKS = ("sft", "dpo", "classification")
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 
@@ -246,10 +247,15 @@ def export(
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="The file to write.")] = Path("recipe.toml"),
+    task: Annotated[
+        str | None, typer.Option(help="What is learnt: " + ", ".join(TASKS) + ".", autocompletion=lambda: TASKS)
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The base: a folder, a hub id, or package:DIST.")] = None,
     data: Annotated[str | None, typer.Option(help="A file, or a dataset id of the hub.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What is asked: a template, {question}.")] = None,
     completion: Annotated[str | None, typer.Option(help="The right answer: a template.")] = None,
+    rejected: Annotated[str | None, typer.Option(help="A worse answer: a template.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column of the label.")] = None,
     method: Annotated[str | None, typer.Option(help="lora, or any other that `graftlet methods` lists.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The rank, where the method has one.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None,
@@ -261,7 +267,9 @@ def init(
     """Ask a few questions, and write a recipe with a word on each key. What the options answer is not asked."""
     from . import _init
 
-    answers = _init.Answers(model, data, prompt, completion, method, rank, learning_rate, epochs, output)
+    answers = _init.Answers(
+        task, model, data, prompt, completion, rejected, label, method, rank, learning_rate, epochs, output
+    )
     _init.init(file, answers, ask=not yes, overwrite=overwrite)
 
 

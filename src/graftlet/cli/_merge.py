@@ -45,6 +45,8 @@ def _sharded(placed: Placed, adapter: str, out: Path, dtype: torch.dtype) -> Mer
     folder = Path(placed.folder)
     if not folder.is_dir():
         raise UnsupportedOptionError(f"{placed.folder} is no folder here")
+    if placed.head:
+        raise UnsupportedOptionError("its head is new, and not in the base's files")
     skeleton = skeleton_of(folder, dtype)
     skeleton.config.use_cache = True
     out.parent.mkdir(parents=True, exist_ok=True)

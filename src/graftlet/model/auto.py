@@ -78,9 +78,8 @@ class AutoPeftModel:
     def _base(cls, config: PeftConfig, allowed: list[str]) -> Any:
         if cls.base_class is not None:
             return getattr(_import("transformers"), cls.base_class)
-        by_task = {c.task_type: c.base_class for c in _AUTO}
-        if config.task_type in by_task:
-            return getattr(_import("transformers"), str(by_task[TaskType(config.task_type)]))
+        if config.task_type in _BASES:
+            return getattr(_import("transformers"), base_class_of(str(config.task_type)))
         return _recorded(config.auto_mapping, [*ALLOWED_LIBRARIES, *allowed])
 
 
@@ -166,6 +165,14 @@ _AUTO: tuple[type[AutoPeftModel], ...] = (
     AutoPeftModelForQuestionAnswering,
     AutoPeftModelForFeatureExtraction,
 )
+
+
+_BASES = {c.task_type: str(c.base_class) for c in _AUTO}
+
+
+def base_class_of(task: str) -> str:
+    """The transformers class that loads a base for adapters of a task type."""
+    return _BASES[TaskType(task)]
 
 
 def _auto_for(task: object) -> str:

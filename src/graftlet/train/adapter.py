@@ -58,6 +58,17 @@ class Placed:
         table = self.summary.get("recipe", {}).get("quantization")
         return None if table is None else QuantizationTable.model_validate(table)
 
+    @property
+    def head(self) -> dict[str, Any]:
+        """What the base's class is to be told, so that its head is the one that the adapter was trained with."""
+        return self.summary.get("head", {})
+
+    def base(self) -> Any:
+        """The base, with a head for the adapter's task."""
+        return load_base(
+            self.folder, self.table, self.quantization, str(self.config.task_type or "CAUSAL_LM"), self.head
+        )
+
     def tokenizer(self, source: str) -> Any:
         """The adapter's own tokenizer, or the base's."""
         own = Path(source, "tokenizer_config.json").is_file()
@@ -68,7 +79,7 @@ def place_adapter(
     source: str, base: str | None, dtype: str | None, device: str, report: Callable[[str], None] = lambda _: None
 ) -> Placed:
     """Find an adapter's base. Arguments and errors are those of `open_adapter`."""
-    config, summary = PeftConfig.from_pretrained(source), _summary(source)
+    config, summary = PeftConfig.from_pretrained(source), summary_of(source)
     trained: dict[str, Any] = summary.get("model", {})
     name = base or _base(config.base_model_name_or_path, trained.get("source"), source)
     table = ModelTable.model_validate(
@@ -99,7 +110,7 @@ def open_adapter(
     with warnings.catch_warnings():
         if name != placed.config.base_model_name_or_path:  # said on purpose, or the very base at a new place
             warnings.simplefilter("ignore", BaseMismatchWarning)
-        model: Any = PeftModel.from_pretrained(load_base(placed.folder, placed.table, placed.quantization), source)
+        model: Any = PeftModel.from_pretrained(placed.base(), source)
     model.eval()
     words = placed.summary.get("recipe", {}).get("data", {})
     chat = words.get("chat", "auto")
@@ -107,7 +118,8 @@ def open_adapter(
     return Opened(model, encoder, name, _fixed(words.get("system")), _single(words.get("prompt")))
 
 
-def _summary(source: str) -> dict[str, Any]:
+def summary_of(source: str) -> dict[str, Any]:
+    """What the summary beside an adapter says; nothing where there is none."""
     path = Path(source, SUMMARY)
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

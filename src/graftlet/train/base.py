@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError
+from ..model.auto import base_class_of
 from ..model.prepare import prepare_model_for_kbit_training
 from ..requirements import REQUIREMENTS
 from .recipe import ModelTable, QuantizationTable
@@ -89,23 +90,32 @@ def load_tokenizer(folder: str, table: ModelTable) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(folder: str, table: ModelTable, quantization: QuantizationTable | None = None) -> PreTrainedModel:
+def load_base(
+    folder: str,
+    table: ModelTable,
+    quantization: QuantizationTable | None = None,
+    task: str = "CAUSAL_LM",
+    head: dict[str, Any] | None = None,
+) -> PreTrainedModel:
     """The base model on its device, in its number type; quantised where asked for, and ready to train an adapter on.
+
+    task: an adapter's task type, which says the model's class. head: what that is to be told beside, such as `num_labels`.
 
     Raises `DependencyError` where the package that quantises is missing or too old.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     device = pick_device(table.device)
     dtype = pick_dtype(table.dtype, device)
     packed = {} if quantization is None else _quantised(quantization, device, dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = getattr(transformers, base_class_of(task)).from_pretrained(
             folder,
             revision=table.revision,
             dtype=dtype,
             attn_implementation=table.attention,
             **packed,
+            **(head or {}),
         )
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"the base model {table.source!r} cannot be loaded: {error}") from error

@@ -8,7 +8,7 @@ blocks from that, for eager attention, SDPA and flash attention. `check_isolatio
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .tokens import IGNORED, Encoded
 
-Feature = dict[str, list[int]]
+Feature = dict[str, list[Any]]
+"""A row: token ids, and what else there is of it, each a list."""
+Collate = Callable[[Sequence[Feature]], dict[str, Any]]
+"""What puts rows into a batch."""
 
 
 class Rows(torch.utils.data.Dataset):
@@ -74,16 +77,13 @@ class Collator:
         self.pad, self.ends = pad, ends
 
     def __call__(self, features: Sequence[Feature]) -> dict[str, Any]:
-        longest = max(len(f["input_ids"]) for f in features)
-        batch: dict[str, Any] = {
-            "input_ids": _filled([f["input_ids"] for f in features], longest, self.pad),
-            "labels": _filled([f["labels"] for f in features], longest, IGNORED),
-        }
+        batch: dict[str, Any] = padded([f["input_ids"] for f in features], self.pad)
+        longest = batch["input_ids"].shape[1]
+        batch["labels"] = _filled([f["labels"] for f in features], longest, IGNORED)
         if "position_ids" in features[0]:  # the filling is one more block, which nobody looks at
+            del batch["attention_mask"]
             rows = [f["position_ids"] for f in features]
             batch["position_ids"] = torch.tensor([r + list(range(longest - len(r))) for r in rows])
-        else:
-            batch["attention_mask"] = _filled([[1] * len(f["input_ids"]) for f in features], longest, 0)
         return _from_first_answer(batch) if self.ends else batch
 
 
@@ -100,7 +100,16 @@ def takes_ends(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
-def _filled(rows: list[list[int]], length: int, value: int) -> Tensor:
+def padded(rows: Sequence[list[int]], pad: int) -> dict[str, Tensor]:
+    """Rows of token ids as `input_ids` `[rows, longest]`, filled up on the right, and their mask."""
+    longest = max(map(len, rows))
+    return {
+        "input_ids": _filled(rows, longest, pad),
+        "attention_mask": _filled([[1] * len(r) for r in rows], longest, 0),
+    }
+
+
+def _filled(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([r + [value] * (length - len(r)) for r in rows])
 
 

@@ -133,6 +133,8 @@ def _passes(row: Row, rule: Filter) -> bool:
 
 def _example(row: Row, table: DataTable) -> Example:
     group = str(_require(row, table.balance, "data.balance")) if table.balance else ""
+    if table.label is not None:
+        return Example(tuple(_labelled(row, table)), group=group)
     given = row.get("messages") if table.messages is None and table.prompt is None else None
     if table.messages or given is not None:
         messages = _messages(_require(row, table.messages or "messages", "data.messages"))
@@ -141,10 +143,23 @@ def _example(row: Row, table: DataTable) -> Example:
             {"role": "user", "content": fill(table.prompt or "{prompt}", row, "data.prompt")},
             {"role": "assistant", "content": fill(table.completion or "{completion}", row, "data.completion")},
         ]
-    if table.system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": fill(table.system, row, "data.system")}, *messages]
+    messages = _introduced(messages, row, table)
     rejected = None if table.rejected is None else fill(table.rejected, row, "data.rejected")
     return Example(tuple(messages), row.get("gold"), group, rejected)
+
+
+def _introduced(messages: list[Message], row: Row, table: DataTable) -> list[Message]:
+    """A conversation with the recipe's system prompt before it, unless it has its own."""
+    if table.system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": fill(table.system, row, "data.system")}, *messages]
+
+
+def _labelled(row: Row, table: DataTable) -> list[Message]:
+    """A text, and its label in the place of an answer."""
+    label = str(_require(row, table.label or "", "data.label"))
+    asked = [{"role": "user", "content": fill(table.prompt or "{prompt}", row, "data.prompt")}]
+    return [*_introduced(asked, row, table), {"role": "assistant", "content": label}]
 
 
 def _messages(given: Any) -> list[Message]:

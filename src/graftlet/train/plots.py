@@ -45,7 +45,9 @@ def _png(draw: Draw, colours: dict[str, str], size: tuple[float, float]) -> str:
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def loss_curve(history: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]] = (), steps: int = 0) -> str:
+def loss_curve(
+    history: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]] = (), steps: int = 0, unit: str = "token"
+) -> str:
     """Training and validation loss by step, from a Trainer's log history and the measurements before and after."""
     training = [(h["step"], h["loss"]) for h in history if "loss" in h]
     seen = {h["step"]: h["eval_loss"] for h in history if "eval_loss" in h}
@@ -59,7 +61,7 @@ def loss_curve(history: Sequence[dict[str, Any]], measured: Sequence[dict[str, A
                 x, y = zip(*points, strict=True)
                 axes.plot(x, y, color=colours[colour], linewidth=2, marker="o", markersize=4, label=name)
         axes.set_xlabel("step")
-        axes.set_ylabel("loss a token")
+        axes.set_ylabel(f"loss a {unit}")
         axes.set_ylim(bottom=0)
         if training or held_out:
             axes.legend(frameon=False, labelcolor=colours["ink"])

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from .batches import Collator, Feature
+from .batches import Collate, Collator, Feature
 from .data import Example
+from .recipe import PreferenceTable
+from .task import Task
 from .tokens import IGNORED, Encoder
-from .trainer import AdapterTrainer
+from .trainer import AdapterTrainer, RowTrainer
 
 REJECTED = "rejected_"
 
@@ -46,13 +48,28 @@ class PairCollator:
         return self.collate([*features, *rejected])
 
 
-class PreferenceTrainer(AdapterTrainer):
+class Preference(Task):
+    """Learns which of two answers is better."""
+
+    unit = "pair"
+    merges = False  # a merged model has no adapter that could be off
+
+    def features(self, encoder: Encoder, example: Example) -> list[Feature]:
+        return [pair(encoder, example)]
+
+    def collator(self, pad: int, base: Any, config: Any) -> Collate:
+        return PairCollator(pad)
+
+    def trainer(self, **arguments: Any) -> AdapterTrainer:
+        return PreferenceTrainer(**arguments, beta=(self.recipe.preference or PreferenceTable()).beta)
+
+
+class PreferenceTrainer(RowTrainer):
     """A Trainer of pairs. beta: how far the model may go from the reference; the smaller, the further."""
 
     def __init__(self, *args: Any, beta: float = 0.1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.beta = beta
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over pairs, not over tokens
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

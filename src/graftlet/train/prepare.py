@@ -16,11 +16,13 @@ from ..config import PeftConfig
 from ..errors import ConfigError, listing, nearest
 from ..files import write_atomically
 from ..registry import lookup
-from .batches import Feature, Rows, feature, pack
+from .batches import Feature, Rows
 from .data import Example, Splits, load_splits
-from .preference import pair
 from .recipe import Recipe
-from .tokens import Encoded, Encoder
+from .rules import RULES
+from .task import Task
+from .tasks import task_of
+from .tokens import Encoder
 from .trainer import CHECKPOINTS, LOGS, last_checkpoint
 
 RECIPE = "recipe.json"
@@ -54,7 +56,7 @@ def adapter_config(recipe: Recipe) -> PeftConfig:
     if kind.needs_steps is not None:
         values.setdefault(kind.needs_steps, recipe.training.max_steps or UNTOLD)
     try:
-        return kind(**{"task_type": "CAUSAL_LM", **values})
+        return kind(**{"task_type": RULES[recipe.task].type, **values})
     except ConfigError as error:
         said = str(error.args[0])
         culprit = next((n for n in values if re.search(rf"\b{re.escape(n)}[= ]", said)), None)
@@ -160,6 +162,7 @@ class Prepared:
     validation: Rows | None
     encoder: Encoder
     facts: dict[str, Any]
+    task: Task
 
     @property
     def held_out(self) -> dict[str, list[Example]]:
@@ -167,45 +170,49 @@ class Prepared:
         return {"test": self.splits.test, "validation": self.splits.validation}
 
 
-def prepare_data(recipe: Recipe, tokenizer: Any) -> Prepared:
-    """Read, split and tokenise the recipe's data. `ConfigError` where nothing is left to train on."""
-    splits = load_splits(recipe.data, recipe.seed, recipe.folder)
+def prepare_data(recipe: Recipe, tokenizer: Any, task: Task | None = None) -> Prepared:
+    """Read, split and tokenise the recipe's data. `ConfigError` where nothing is left to train on.
+
+    task: the recipe's own, unless given.
+    """
+    task = task or task_of(recipe)
+    splits = _splits(recipe)
     encoder = Encoder(tokenizer, None if recipe.data.chat == "auto" else recipe.data.chat)
+    parts: dict[str, list[Example]] = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    task.look([e for examples in parts.values() for e in examples], tokenizer)
     limit = recipe.data.max_length
-    facts: dict[str, Any] = {**splits.facts, "sources": recipe.data.source}
-    rows: dict[str, list[Encoded]] = {}
-    for name in ("train", "validation", "test"):
-        examples: list[Example] = getattr(splits, name)
-        encoded = [row for e in examples for row in encoder(e)]
-        rows[name] = [r for r in encoded if len(r.input_ids) <= limit]
+    facts: dict[str, Any] = {**splits.facts, "sources": recipe.data.source, **task.facts}
+    rows: dict[str, list[Feature]] = {}
+    for name, examples in parts.items():
+        found = [row for e in examples for row in task.features(encoder, e)]
+        rows[name] = [r for r in found if all(len(values) <= limit for values in r.values())]
         facts[name] = {
             "examples": len(examples),
-            "tokens": sum(len(r.input_ids) for r in rows[name]),
-            "too_long": len(encoded) - len(rows[name]),
-            "groups": _groups(examples),
+            "tokens": sum(len(r[key]) for r in rows[name] for key in r if key.endswith("input_ids")),
+            "too_long": len(found) - len(rows[name]),
+            "groups": _groups([task.group(e) for e in examples]),
         }
     if not rows["train"]:
-        raise ConfigError(f"data.max_length = {limit}: every training example is longer.")
-    if recipe.task == "dpo":
-        train, held_out = (_pairs(encoder, part, limit) for part in (splits.train, splits.validation))
-    else:
-        train = pack(rows["train"], limit) if recipe.training.packing else list(map(feature, rows["train"]))
-        held_out = list(map(feature, rows["validation"]))
-    if not train:
-        raise ConfigError(f"data.max_length = {limit}: every rejected answer is longer.")
+        raise ConfigError(f"{recipe.place('data', 'max_length')} = {limit}: every training example is longer.")
+    train = task.arranged(rows["train"])
     facts["train"]["rows"] = len(train)
-    validation = Rows(held_out) if held_out else None
+    validation = Rows(rows["validation"]) if rows["validation"] else None
     if recipe.training.patience and validation is None:
         raise ConfigError(f"{recipe.place('training', 'patience')}: needs held-out examples; set data.validation.")
-    return Prepared(splits, Rows(train), validation, encoder, facts)
+    return Prepared(splits, Rows(train), validation, encoder, facts, task)
 
 
-def _pairs(encoder: Encoder, examples: Sequence[Example], limit: int) -> list[Feature]:
-    """Both answers of each example, where neither is too long."""
-    pairs = [pair(encoder, example) for example in examples]
-    return [p for p in pairs if all(len(ids) <= limit for ids in p.values())]
+def _splits(recipe: Recipe) -> Splits:
+    """The examples; an error that names a key of `[data]` says where it stands."""
+    try:
+        return load_splits(recipe.data, recipe.seed, recipe.folder)
+    except ConfigError as error:
+        said = str(error.args[0])
+        key = re.match(r"data\.(\w+)", said)
+        if key is None:
+            raise
+        raise ConfigError(recipe.place("data", key[1]) + said[key.end() :]) from error
 
 
-def _groups(examples: Sequence[Example]) -> dict[str, int]:
-    names = sorted({e.group for e in examples} - {""})
-    return {n: sum(e.group == n for e in examples) for n in names}
+def _groups(names: Sequence[str]) -> dict[str, int]:
+    return {n: names.count(n) for n in sorted({*names} - {""})}

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import ConfigError, listing, nearest
 from . import locate
+from .rules import complaints
 
 Size = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 """A number of examples, or a share of all of them."""
@@ -106,6 +108,8 @@ class DataTable(Table):
     """Templates over a row's columns: `"Is this spam? {text}"`. Default: `{prompt}` and `{completion}`."""
     rejected: str | None = None
     """For task `dpo`: a template of an answer that is worse than `completion`."""
+    label: str | None = None
+    """For task `classification`: the column of the labels. Names and whole numbers are classes, other numbers are amounts."""
     chat: bool | Literal["auto"] = "auto"
     """Whether the model's chat template is used; `auto`: where it has one."""
     values: dict[str, dict[str, str]] = {}
@@ -226,8 +230,8 @@ class Recipe(File):
     resume: bool = False
     seed: int = 0
     title: str = ""
-    task: Literal["sft", "dpo"] = "sft"
-    """What is learnt: answers, or which of two answers is better."""
+    task: Literal["sft", "dpo", "classification"] = "sft"
+    """What is learnt: answers, which of two answers is better, or the label of a text."""
     model: ModelTable
     adapter: AdapterTable = AdapterTable()
     quantization: QuantizationTable | None = None
@@ -238,13 +242,10 @@ class Recipe(File):
 
     @model_validator(mode="after")
     def _goes_together(self) -> Recipe:
-        pairs = self.task == "dpo"
-        if pairs and self.data.rejected is None:
-            raise ValueError("task = 'dpo' needs data.rejected: a template of the worse answer")
-        if pairs and self.training.packing:
-            raise ValueError("task = 'dpo' compares rows, so training.packing must be false")
-        if not pairs and (self.data.rejected is not None or self.preference is not None):
-            raise ValueError("data.rejected and [preference] are for task = 'dpo'")
+        found = list(complaints(self))
+        if found:
+            key, said = found[0]
+            raise PydanticCustomError("task", "{said}", {"said": said, "at": tuple(key.split("."))})
         return self
 
 
@@ -306,7 +307,7 @@ def _place(file: str, lines: dict[locate.Path, int], path: Sequence[str | int]) 
 
 
 def _explain(kind: type[File], error: Any, file: str, lines: dict[locate.Path, int]) -> str:
-    path = tuple(p for p in error["loc"] if not _UNION_MEMBER.match(str(p)))
+    path = tuple(p for p in error["loc"] if not _UNION_MEMBER.match(str(p))) or error.get("ctx", {}).get("at", ())
     place = _place(file, lines, path)
     if error["type"] == "extra_forbidden":
         allowed = sorted(_table_at(kind, path[:-1]).model_fields)

@@ -13,6 +13,7 @@ from .anatomy import maps
 from .callbacks import clock
 from .page import folded, page, paragraph, said, section, table, tiles
 from .plots import loss_curve, overlaid
+from .score import named, shown
 
 Summary = dict[str, Any]
 
@@ -33,7 +34,9 @@ def report(summary: Summary) -> str:
         paragraph(intro, soft=True),
         tiles(_figures(summary)),
         section("Before and after", _measured(summary), *_notes(summary)),
-        section("Loss", loss_curve(summary["history"], summary["measured"], summary["training"]["steps"])),
+        section(
+            "Loss", loss_curve(summary["history"], summary["measured"], summary["training"]["steps"], unit(summary))
+        ),
         *_rate(summary["history"]),
         *(section(title, chart) for title, chart in maps(summary.get("layers", []))),
         section("Data", _data(summary)),
@@ -59,7 +62,8 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
     before, after = summary["measured"][:2]
     figures = []
     if "metric" in after:
-        figures.append((f"{before['metric']:.1%} → {after['metric']:.1%}", f"{_name(summary)}, held-out"))
+        values = (shown(summary["metric"], m["metric"]) for m in (before, after))
+        figures.append((" → ".join(values), f"{named(summary['metric'])}, held-out"))
     losses = [f"{m['validation_loss']:.3f}" for m in (before, after) if m["validation_loss"] is not None]
     if losses:
         figures.append((" → ".join(losses), "validation loss"))
@@ -70,19 +74,21 @@ def _figures(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _name(summary: Summary) -> str:
-    return "accuracy" if summary["metric"] == "choice" else summary["metric"].replace("_", " ")
+def unit(summary: Summary) -> str:
+    """What the loss is a mean over; runs of old say nothing of it."""
+    return summary.get("unit", "token")
 
 
 def _measured(summary: Summary) -> str:
     scored = summary["metric"] != "none"
-    head = ["model", *([_name(summary), "right", "same answers"] if scored else []), "validation loss"]
+    head = ["model", *([named(summary["metric"]), "right", "same answers"] if scored else []), "validation loss"]
     rows = []
     for entry in summary["measured"]:
         cells = [{"before": "base, without the adapter"}.get(entry["stage"], entry["stage"])]
         if scored:
             same = f"{entry['same_answers']} of {entry['of']}" if "same_answers" in entry else ""
-            cells += [f"{entry['metric']:.1%}", f"{entry['right']} of {entry['of']}", same]
+            right = f"{entry['right']} of {entry['of']}" if "right" in entry else ""
+            cells += [shown(summary["metric"], entry["metric"]), right, same]
         loss = entry["validation_loss"]
         rows.append([*cells, "" if loss is None else f"{loss:.4f}"])
     return table(head, rows, numbers=len(head) - 1, marked=1)
@@ -117,7 +123,13 @@ def _data(summary: Summary) -> str:
         f"{', '.join(sources)}: {data['rows']:,} rows, {data['filtered']:,} filtered out, "
         f"{data['doubles']:,} doubles left out. The parts have no question in common."
     )
+    if "labels" in data:
+        told += f" {_labels(data['labels'])}"
     return table(["part", "of which", "examples", "too long", "tokens"], rows, numbers=3) + paragraph(told, soft=True)
+
+
+def _labels(names: Sequence[str]) -> str:
+    return f"{len(names)} labels: {', '.join(names)}." if names else "The labels are amounts."
 
 
 def _sample(sample: dict[str, str]) -> str:

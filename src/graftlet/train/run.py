@@ -20,23 +20,24 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from .. import __version__
 from ..errors import ConfigError, MergeError, TrainingInterrupted
 from ..files import write_atomically
-from ..model.auto import AutoPeftModelForCausalLM
+from ..model.auto import AutoPeftModel
 from ..model.peft_model import PeftModel
 from ..pair import WEIGHTS
 from ..weights.whole import is_writer
 from .anatomy import read_anatomy
-from .base import load_base, load_tokenizer, pick_device, set_threads
-from .batches import Collator, check_isolation, takes_ends
+from .base import load_tokenizer, pick_device, set_threads
+from .batches import check_isolation
 from .callbacks import Allocation, RichProgress, StopOnSignal, clock
-from .preference import PairCollator, PreferenceTrainer
 from .prepare import REPORT, SUMMARY, Prepared, adapter_config, claim_output, prepare_data, tell_steps
-from .recipe import PreferenceTable, Recipe
+from .recipe import Recipe
 from .report import write_report
-from .score import Score, Scorer
+from .score import Score, named, shown
 from .several import join, on_first, voice
 from .sources import model_folder
 from .starts import Batches, adapted, initial_of
-from .trainer import AdapterTrainer, check_trackers, optimizer_maker, trackers, training_arguments
+from .task import Measure
+from .tasks import task_of
+from .trainer import check_trackers, optimizer_maker, trackers, training_arguments
 
 SHOWN = ("name", "rank", "norm", "effective_rank")
 """What the summary says of each layer that is a low-rank change."""
@@ -56,7 +57,7 @@ class Result:
 
     def load(self, **kwargs: Any) -> PeftModel:
         """The base with the trained adapter."""
-        return AutoPeftModelForCausalLM.from_pretrained(str(self.output), **kwargs)
+        return AutoPeftModel.from_pretrained(str(self.output), **self.summary["head"], **kwargs)
 
 
 def train(recipe: Recipe, callbacks: Sequence[TrainerCallback] = (), console: Console | None = None) -> Result:
@@ -92,6 +93,8 @@ class _Run:
     def carry_out(self, callbacks: Sequence[TrainerCallback]) -> Result:
         begun = time.perf_counter()
         check_trackers(self.recipe)
+        self.task = task_of(self.recipe)
+        self.task.check()
         config = adapter_config(self.recipe)
         if self.recipe.training.packing and config.is_prompt_learning:
             place = self.recipe.place("training", "packing")
@@ -101,7 +104,7 @@ class _Run:
             device, threads = pick_device(self.recipe.model.device), set_threads(self.recipe.model.threads)
             folder = model_folder(self.recipe.model.source, self.say)
         with self.stage("data"):
-            data = prepare_data(self.recipe, load_tokenizer(folder, self.recipe.model))
+            data = prepare_data(self.recipe, load_tokenizer(folder, self.recipe.model), self.task)
             self.scorer = self._scorer(data)
         self._tell_data(data)
         tell_steps(self.recipe, config, self._steps(data))
@@ -109,13 +112,12 @@ class _Run:
             args = training_arguments(
                 self.recipe, device, self._steps(data)
             )  # first: an engine loads a base its own way
-            base = load_base(folder, self.recipe.model, self.recipe.quantization)
+            set_seed(self.recipe.seed)  # a new head is made of it
+            base = self.task.base(folder)
             set_seed(self.recipe.seed)
-            ends = takes_ends(base) and not config.is_prompt_learning  # a prompt makes the row longer than its labels
             pad, output = data.encoder.tokenizer.pad_token_id, Path(self.recipe.output)
-            self.pairs = self.recipe.task == "dpo"
-            self.collate: Any = PairCollator(pad) if self.pairs else Collator(pad, ends)
-            batches = Batches(data.train, Collator(pad), self.recipe.training.batch_size, base.device)
+            self.collate = self.task.collator(pad, base, config)
+            batches = Batches(data.train, self.task.opening(pad), self.recipe.training.batch_size, base.device)
             model: Any = adapted(base, config, batches, output, self.console)
             self.initial = initial_of(config, output)
         trainer = self._trainer(model, data, args, callbacks)
@@ -147,13 +149,14 @@ class _Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
-    def _scorer(self, data: Prepared) -> Scorer:
+    def _scorer(self, data: Prepared) -> Measure:
         table = self.recipe.evaluation
         examples = data.held_out[table.on] or data.splits.test or data.splits.validation
+        self.metric = self.task.metric if examples else table.metric
         if table.metric != "none" and not data.held_out[table.on]:
             place = self.recipe.place("evaluation", "metric")
             raise ConfigError(f"{place} = {table.metric!r} needs held-out examples; set data.{table.on}.")
-        return Scorer(data.encoder, examples or data.splits.train[: table.samples], table)
+        return self.task.measure(data.encoder, examples or data.splits.train[: table.samples])
 
     def _steps(self, data: Prepared) -> int:
         table = self.recipe.training
@@ -167,7 +170,7 @@ class _Run:
         own: list[TrainerCallback] = [self.progress, self.stop, Allocation(), *trackers(self.recipe)]
         if table.patience:
             own.append(EarlyStoppingCallback(early_stopping_patience=table.patience))
-        trainer = self._made(
+        trainer = self.task.trainer(
             model=model,
             args=args,
             data_collator=self.collate,
@@ -182,12 +185,6 @@ class _Run:
             batch = self.collate([data.train[i] for i in range(min(2, len(data.train)))])
             check_isolation(model, {k: batch[k].to(model.device) for k in ("input_ids", "position_ids")})
         return trainer
-
-    def _made(self, **arguments: Any) -> AdapterTrainer:
-        """The Trainer of the recipe's task."""
-        if not self.pairs:
-            return AdapterTrainer(**arguments)
-        return PreferenceTrainer(**arguments, beta=(self.recipe.preference or PreferenceTable()).beta)
 
     def _before(self, model: Any, trainer: Any) -> list[str]:
         with self.stage("measure before"), model.disable_adapter():
@@ -226,7 +223,7 @@ class _Run:
 
     def _verify(self, folder: str, args: Any, data: Prepared) -> None:
         with self.stage("verify"):
-            base = load_base(folder, self.recipe.model, self.recipe.quantization)
+            base = self.task.base(folder)
             model: Any = PeftModel.from_pretrained(base, self.recipe.output)
             self.measure("saved and loaded into a fresh base", model, self._fresh_loss(model, args, data))
             try:
@@ -234,12 +231,12 @@ class _Run:
             except (ConfigError, MergeError) as why:  # not every method has a merged form
                 self.say(f"not merged: {why}")
                 return
-            if self.pairs:  # a merged model has no adapter that could be off
+            if not self.task.merges:
                 return
             self.measure("merged into the base", merged, self._fresh_loss(merged, args, data))
 
     def _fresh_loss(self, model: Any, args: Any, data: Prepared) -> float | None:
-        trainer = self._made(model=model, args=args, data_collator=self.collate, eval_dataset=data.validation)
+        trainer = self.task.trainer(model=model, args=args, data_collator=self.collate, eval_dataset=data.validation)
         trainer.remove_callback(PrinterCallback)
         return self._loss(trainer)
 
@@ -250,14 +247,15 @@ class _Run:
     def measure(self, stage: str, model: Any, loss: float | None) -> None:
         """Record, and tell, how a model does on what was held out."""
         entry: dict[str, Any] = {"stage": stage, "validation_loss": loss}
-        if self.recipe.evaluation.metric != "none" and not self.sharded:
+        if self.metric != "none" and not self.sharded:
             score = self.scorer(model)
-            entry |= {"metric": score.value, "right": sum(score.right), "of": len(score.right)}
+            entry |= {"metric": score.value, "of": len(score.answers)}
+            entry |= {"right": sum(score.right)} if score.right else {}
             if len(self.scores) > 1:
                 entry["same_answers"] = score.same_as(self.scores[1])  # as right after training
             self.scores.append(score)
         self.measured.append(entry)
-        told = describe(entry, self.recipe.evaluation.metric)
+        told = describe(entry, self.metric)
         self.say(
             f"{stage}: {told or ('not measured: the model is in parts' if self.sharded else 'nothing is held out')}"
         )
@@ -326,7 +324,9 @@ class _Run:
             "title": self.recipe.title or output.name,
             **facts,
             "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
-            "metric": "none" if self.sharded else self.recipe.evaluation.metric,
+            "metric": "none" if self.sharded else self.metric,
+            "unit": self.task.unit,
+            "head": self.task.head,
             "measured": self.measured,
             "samples": samples,
             "layers": [{k: v for k, v in x.items() if k in SHOWN} for x in read_anatomy(output)["layers"]],
@@ -354,8 +354,12 @@ def describe(entry: dict[str, Any], metric: str) -> str:
     """A measurement in words: `accuracy 95.5 % (191 of 200), validation loss 0.1234`."""
     parts = []
     if "metric" in entry:
-        name = {"choice": "accuracy"}.get(metric, metric.replace("_", " "))
-        parts.append(f"{name} {entry['metric']:.1%} ({entry['right']} of {entry['of']} held-out examples right)")
+        of = (
+            f"{entry['right']} of {entry['of']} held-out examples right"
+            if "right" in entry
+            else f"{entry['of']} held out"
+        )
+        parts.append(f"{named(metric)} {shown(metric, entry['metric'])} ({of})")
     if entry["validation_loss"] is not None:
         parts.append(f"validation loss {entry['validation_loss']:.4f}")
     if "same_answers" in entry:

@@ -14,7 +14,8 @@ from .callbacks import clock
 from .page import page, paragraph, section, table
 from .plots import overlaid
 from .prepare import SUMMARY
-from .report import rate_of
+from .report import rate_of, unit
+from .score import named, shown
 
 Run = dict[str, Any]
 
@@ -73,7 +74,7 @@ def _figures(run: Run) -> dict[str, str]:
     if after["validation_loss"] is not None:
         found["validation loss"] = f"{before['validation_loss']:.4f} → {after['validation_loss']:.4f}"
     if "metric" in after:
-        found[run["metric"].replace("_", " ")] = f"{before['metric']:.1%} → {after['metric']:.1%}"
+        found[named(run["metric"])] = " → ".join(shown(run["metric"], m["metric"]) for m in (before, after))
     return found
 
 
@@ -96,11 +97,12 @@ def runs_page(runs: dict[str, Run]) -> str:
     """The comparison as one HTML page."""
     names = list(runs)
     intro = f"{len(names)} runs: {', '.join(run['title'] for run in runs.values())}"
+    loss = "loss a " + " or ".join(dict.fromkeys(unit(run) for run in runs.values()))
     curves = [
         section(title, overlaid(found, label, zero=zero))
         for title, label, zero, found in (
-            ("Training loss", "loss a token", False, {n: _series(r, "loss") for n, r in runs.items()}),
-            ("Validation loss", "loss a token", False, {n: held_out(r) for n, r in runs.items()}),
+            ("Training loss", loss, False, {n: _series(r, "loss") for n, r in runs.items()}),
+            ("Validation loss", loss, False, {n: held_out(r) for n, r in runs.items()}),
             ("Learning rate", "learning rate", True, {n: rate_of(r["history"]) for n, r in runs.items()}),
         )
         if any(found.values())

@@ -35,6 +35,32 @@ class Score:
         return sum(a == b for a, b in zip(self.answers, other.answers, strict=True))
 
 
+@dataclass(frozen=True)
+class Estimates(Score):
+    """Amounts, none of which is right or wrong. off: the mean square of how far they are from the right ones."""
+
+    off: float = 0.0
+
+    @property
+    def value(self) -> float:
+        """The mean squared error."""
+        return self.off
+
+
+WORDS = {"choice": "accuracy", "squared_error": "mean squared error"}
+"""Metrics that are called otherwise than in a recipe."""
+
+
+def named(metric: str) -> str:
+    """A metric in words."""
+    return WORDS.get(metric, metric.replace("_", " "))
+
+
+def shown(metric: str, value: float) -> str:
+    """A metric's value as it is written: shares in per cent."""
+    return f"{value:.4f}" if metric == "squared_error" else f"{value:.1%}"
+
+
 class Scorer:
     """Puts the same questions to any model. Made once, so that every measurement is of the same examples.
 
@@ -84,7 +110,7 @@ def _choice_tokens(encoder: Encoder, examples: Sequence[Example], choices: Seque
     return tokens
 
 
-def _batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
+def in_batches(prompts: Sequence[list[int]], size: int) -> Iterator[list[int]]:
     """Indices, the longest prompts first: little is padding, and memory runs out at once or never."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), size):
@@ -103,8 +129,8 @@ def choose(model: Any, prompts: Sequence[list[int]], choices: dict[str, int], pa
     """For each prompt the choice whose token is likeliest next. `choices`: answer to token id."""
     names, tokens = list(choices), torch.tensor(list(choices.values()), device=model.device)
     answers = [""] * len(prompts)
-    with _evaluating(model):
-        for rows in _batches(prompts, size):
+    with evaluating(model):
+        for rows in in_batches(prompts, size):
             ids, mask = _padded_left([prompts[i] for i in rows], pad, model.device)
             positions = {} if _learns_prompt(model) else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             out = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1, **positions)
@@ -118,8 +144,8 @@ def choose(model: Any, prompts: Sequence[list[int]], choices: dict[str, int], pa
 def generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], size: int, new_tokens: int) -> list[str]:
     """For each prompt the model's greedy answer of at most `new_tokens` tokens."""
     answers = [""] * len(prompts)
-    with _evaluating(model):
-        for rows in _batches(prompts, size):
+    with evaluating(model):
+        for rows in in_batches(prompts, size):
             ids, mask = _padded_left([prompts[i] for i in rows], tokenizer.pad_token_id, model.device)
             out = model.generate(
                 input_ids=ids,
@@ -142,7 +168,7 @@ def stops(model: Any, tokenizer: Any) -> list[int]:
     return sorted({t for t in (*_listed(own), tokenizer.eos_token_id) if t is not None})
 
 
-class _evaluating:
+class evaluating:
     """No dropout, and no memory of a training state, while it lasts."""
 
     def __init__(self, model: Any) -> None:

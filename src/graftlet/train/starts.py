@@ -16,7 +16,7 @@ from ..methods.init import Start, initialiser
 from ..methods.lora import LoraConfig
 from ..model.mapping import get_peft_model
 from ..weights.whole import is_writer
-from .batches import Collator, Rows
+from .batches import Collate, Rows
 from .callbacks import measuring
 
 BATCHES = 64
@@ -28,7 +28,7 @@ INITIAL = "initial"
 class Batches:
     """The first batches of the training data, in its order, on a device; they can be gone through again."""
 
-    def __init__(self, rows: Rows, collate: Collator, size: int, device: Any) -> None:
+    def __init__(self, rows: Rows, collate: Collate, size: int, device: Any) -> None:
         self.rows, self.collate, self.size, self.device = rows, collate, size, device
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

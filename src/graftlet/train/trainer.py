@@ -40,6 +40,14 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         return super().create_optimizer(*args, **kwargs)
 
 
+class RowTrainer(AdapterTrainer):
+    """A Trainer whose loss is a mean over rows, not over tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # else a batch's loss would be divided by a number of tokens
+
+
 def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> TrainingArguments:
     """The Trainer's arguments for a run of `steps` steps; `ConfigError` for an unknown one in `training.arguments`."""
     table = recipe.training

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from .batches import Collator, feature
 from .data import load_splits
 from .recipe import Recipe
+from .rules import RULES
 from .tokens import Encoder
 
 STEPS = (0.5, 0.25, 0.125)
@@ -27,6 +28,8 @@ class HeldOut:
     @classmethod
     def of(cls, recipe: Recipe, encoder: Encoder) -> HeldOut:
         """Those of the validation part, or of the test part. Raises `ConfigError` where there are none."""
+        if RULES[recipe.task].type != "CAUSAL_LM":
+            raise ConfigError(f"{recipe.place('task')} = {recipe.task!r}: a search goes by the loss of answers.")
         splits = load_splits(recipe.data, recipe.seed, recipe.folder)
         examples = splits.validation or splits.test
         if not examples:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained adapters that write no text, put to use from their folders: `graftlet generate` is for the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import CallError
+from .adapter import Opened, open_adapter, summary_of
+from .classification import labels_from, scores_of
+
+BATCH = 16
+
+
+def classify(adapter: str | os.PathLike[str], texts: Sequence[str], **where: Any) -> list[str]:
+    """The label of each text, put into the recipe's words; amounts as numbers in text.
+
+    Args:
+        adapter: the folder of a run of task `classification`.
+        where: `base`, `dtype` and `device`, as of `open_adapter`.
+
+    Raises:
+        CallError: the adapter is of another task. AdapterFileError: no adapter there, or its base is not found.
+    """
+    summary = _of(adapter, "classification")
+    if not texts:
+        return []
+    opened = open_adapter(str(adapter), **where)
+    rows = [opened.encoder.prompt(opened.messages(text)) for text in texts]
+    return labels_from(summary["data"]).told(_scores(opened, rows))
+
+
+def _scores(opened: Opened, rows: list[list[int]]) -> Any:
+    return scores_of(opened.model, rows, BATCH, opened.encoder.tokenizer.pad_token_id)
+
+
+def _of(adapter: str | os.PathLike[str], *tasks: str) -> dict[str, Any]:
+    """The summary of a run, which must have been of one of the tasks."""
+    summary = summary_of(str(adapter))
+    task = summary.get("recipe", {}).get("task")
+    if task not in tasks:
+        found = f"a run of task {task!r}" if task else "no run of a recipe: there is no summary.json"
+        raise CallError(f"{adapter} is {found}; a run of task {' or '.join(map(repr, tasks))} is needed.")
+    return summary
