@@ -30,6 +30,12 @@ ANSWER = "a template of the worse answer"
 RULES = {
     "sft": Rules("CAUSAL_LM", "answers"),
     "dpo": Rules("CAUSAL_LM", "which of two answers is better", {"data.rejected": ANSWER}),
+    "reward": Rules(
+        "SEQ_CLS",
+        "how good an answer is",
+        {"data.rejected": ANSWER},
+        "graftlet.train.scores(adapter, pairs) says how good answers are",
+    ),
     "classification": Rules(
         "SEQ_CLS",
         "the label of a text",
@@ -39,9 +45,9 @@ RULES = {
 }
 
 OWNED: dict[str, tuple[str, ...]] = {
-    "data.messages": ("sft", "dpo"),
-    "data.completion": ("sft", "dpo"),
-    "data.rejected": ("dpo",),
+    "data.messages": ("sft", "dpo", "reward"),
+    "data.completion": ("sft", "dpo", "reward"),
+    "data.rejected": ("dpo", "reward"),
     "data.label": ("classification",),
     "training.packing": ("sft",),
     "preference": ("dpo",),

@@ -47,7 +47,7 @@ class Estimates(Score):
         return self.off
 
 
-WORDS = {"choice": "accuracy", "squared_error": "mean squared error"}
+WORDS = {"choice": "accuracy", "squared_error": "mean squared error", "ranked": "pairs ranked right"}
 """Metrics that are called otherwise than in a recipe."""
 
 

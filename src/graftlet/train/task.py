@@ -20,7 +20,10 @@ from .trainer import AdapterTrainer
 class Measure(Protocol):
     """What puts the same examples to any model."""
 
-    examples: Sequence[Example]
+    @property
+    def examples(self) -> Sequence[Example]:
+        """The examples."""
+        ...
 
     def __call__(self, model: Any) -> Score:
         """How a model does on all of them."""

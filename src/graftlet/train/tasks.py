@@ -7,11 +7,13 @@ from .answers import Answers
 from .classification import Classification
 from .preference import Preference
 from .recipe import Recipe
+from .reward import Reward
 from .task import Task
 
 TASKS: dict[str, type[Task]] = {
     "sft": Answers,
     "dpo": Preference,
+    "reward": Reward,
     "classification": Classification,
 }
 """By the name that a recipe calls it by; what each asks of a recipe stands in `rules.py`."""

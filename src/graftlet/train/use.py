@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CallError
 from .adapter import Opened, open_adapter, summary_of
 from .classification import labels_from, scores_of
+from .data import Example
 
 BATCH = 16
 
@@ -30,6 +31,23 @@ def classify(adapter: str | os.PathLike[str], texts: Sequence[str], **where: Any
     opened = open_adapter(str(adapter), **where)
     rows = [opened.encoder.prompt(opened.messages(text)) for text in texts]
     return labels_from(summary["data"]).told(_scores(opened, rows))
+
+
+def scores(adapter: str | os.PathLike[str], pairs: Sequence[tuple[str, str]], **where: Any) -> list[float]:
+    """How good each answer is to its question; the question is put into the recipe's words.
+
+    Args:
+        adapter: the folder of a run of task `reward`.
+        pairs: a question and an answer each. where: `base`, `dtype` and `device`, as of `open_adapter`.
+
+    Raises as `classify` does.
+    """
+    _of(adapter, "reward")
+    if not pairs:
+        return []
+    opened = open_adapter(str(adapter), **where)
+    said = [(*opened.messages(asked), {"role": "assistant", "content": answer}) for asked, answer in pairs]
+    return _scores(opened, [opened.encoder(Example(messages))[-1].input_ids for messages in said])[:, 0].tolist()
 
 
 def _scores(opened: Opened, rows: list[list[int]]) -> Any:
