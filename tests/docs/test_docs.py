@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+NEEDS = {"embeddings.md": "sentence_transformers"}
+"""What a page's code needs beside what the tests always have."""
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder in which `my-base` is a tiny language model, and `my-model` one with a tokenizer."""
@@ -41,6 +45,8 @@ def test_generated_tables_are_up_to_date(page):
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=lambda p: p.name)
 def test_python_blocks_run(page, workplace, monkeypatch):
     """As one module, so that its classes can be pickled; the methods that it registers are gone afterwards."""
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
     module = ModuleType(f"page_{page.stem.replace('-', '_')}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     list(registry.entries())

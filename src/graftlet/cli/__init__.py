@@ -20,7 +20,7 @@ Base = Annotated[str | None, typer.Option(help="The base model, where it is not 
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as it was trained.")]
 ENGINES = ("vllm", "gguf-lora", "diffusers", "mlx", "merged")
 """What there is to export to: here too, so that help and completion load nothing. So are the tasks."""
-TASKS = ("sft", "dpo", "reward", "classification")
+TASKS = ("sft", "dpo", "reward", "embedding", "classification")
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 
 

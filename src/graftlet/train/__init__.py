@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = placed(
         "train.recipe": "Recipe load_recipe",
         "train.run": "Result train",
         "train.adapter": "open_adapter",
-        "train.use": "classify scores",
+        "train.use": "classify scores sentences",
         "train.callbacks": "Allocation RichProgress StopOnSignal",
         "train.trainer": "AdapterTrainer",
         "train.checkpoints": "AdapterCheckpoints",

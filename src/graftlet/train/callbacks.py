@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.parts import root_of
+from ..model.peft_model import PeftModel
 from .several import any_of
 
 TOLD_EVERY = 10.0
@@ -141,9 +142,10 @@ class Allocation(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        root: Any = root_of(model)
-        if root.tuner is not None:
-            root.tuner.update_and_allocate(state.global_step)
+        # what it trains may be a part of the model
+        adapted = next((m for m in root_of(model).modules() if isinstance(m, PeftModel)), None)
+        if adapted is not None and adapted.tuner is not None:
+            adapted.tuner.update_and_allocate(state.global_step)
 
 
 class StopOnSignal(TrainerCallback):

@@ -139,20 +139,20 @@ class AdapterCheckpoints:
         if self._adapted() is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore[reportAttributeAccessIssue]
         else:
-            restore(model or self.model, resume_from_checkpoint)
+            restore(model or self.adapted, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
         if checkpoint is not None and self._adapted() is not None:
             # only now: what an allocator has frozen is among the optimizer's parameters still
-            restore_allocators(self.model, checkpoint)
+            restore_allocators(self.adapted, checkpoint)
 
     def _load_best_model(self) -> None:
         if self._adapted() is None:
             super()._load_best_model()  # pyright: ignore[reportAttributeAccessIssue]
         elif self.state.best_model_checkpoint:
-            restore(self.model, self.state.best_model_checkpoint)
-            restore_allocators(self.model, self.state.best_model_checkpoint)
+            restore(self.adapted, self.state.best_model_checkpoint)
+            restore_allocators(self.adapted, self.state.best_model_checkpoint)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ class DataTable(Table):
     completion: str | None = None
     """Templates over a row's columns: `"Is this spam? {text}"`. Default: `{prompt}` and `{completion}`."""
     rejected: str | None = None
-    """For tasks `dpo` and `reward`: a template of an answer that is worse than `completion`."""
+    """For tasks `dpo`, `reward` and `embedding`: a template of an answer that is worse than `completion`."""
     label: str | None = None
     """For task `classification`: the column of the labels. Names and whole numbers are classes, other numbers are amounts."""
     chat: bool | Literal["auto"] = "auto"
@@ -230,8 +230,8 @@ class Recipe(File):
     resume: bool = False
     seed: int = 0
     title: str = ""
-    task: Literal["sft", "dpo", "reward", "classification"] = "sft"
-    """What is learnt: answers, which of two answers is better, how good an answer is, or the label of a text."""
+    task: Literal["sft", "dpo", "reward", "embedding", "classification"] = "sft"
+    """What is learnt: answers, which of two answers is better, how good one is, which texts belong together, or a label."""
     model: ModelTable
     adapter: AdapterTable = AdapterTable()
     quantization: QuantizationTable | None = None

@@ -36,6 +36,12 @@ RULES = {
         {"data.rejected": ANSWER},
         "graftlet.train.scores(adapter, pairs) says how good answers are",
     ),
+    "embedding": Rules(
+        "FEATURE_EXTRACTION",
+        "which texts belong together",
+        {},
+        "graftlet.train.sentences(adapter).encode(texts) gives texts as vectors",
+    ),
     "classification": Rules(
         "SEQ_CLS",
         "the label of a text",
@@ -45,9 +51,12 @@ RULES = {
 }
 
 OWNED: dict[str, tuple[str, ...]] = {
+    "data.system": ("sft", "dpo", "reward", "classification"),
+    "data.chat": ("sft", "dpo", "reward", "classification"),
+    "quantization": ("sft", "dpo", "reward", "classification"),
     "data.messages": ("sft", "dpo", "reward"),
-    "data.completion": ("sft", "dpo", "reward"),
-    "data.rejected": ("dpo", "reward"),
+    "data.completion": ("sft", "dpo", "reward", "embedding"),
+    "data.rejected": ("dpo", "reward", "embedding"),
     "data.label": ("classification",),
     "training.packing": ("sft",),
     "preference": ("dpo",),

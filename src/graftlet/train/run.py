@@ -110,7 +110,7 @@ class _Run:
         tell_steps(self.recipe, config, self._steps(data))
         with self.stage("model"):
             args = training_arguments(
-                self.recipe, device, self._steps(data)
+                self.recipe, device, self._steps(data), self.task.arguments
             )  # first: an engine loads a base its own way
             set_seed(self.recipe.seed)  # a new head is made of it
             base = self.task.base(folder)

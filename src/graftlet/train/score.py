@@ -47,7 +47,12 @@ class Estimates(Score):
         return self.off
 
 
-WORDS = {"choice": "accuracy", "squared_error": "mean squared error", "ranked": "pairs ranked right"}
+WORDS = {
+    "choice": "accuracy",
+    "squared_error": "mean squared error",
+    "ranked": "pairs ranked right",
+    "recall": "recall at 1",
+}
 """Metrics that are called otherwise than in a recipe."""
 
 

@@ -105,6 +105,8 @@ def model_folder(source: str, report: Callable[[str], None] = lambda _: None) ->
         if path.is_absolute() or source.startswith(".") or source.count("/") > 1:
             raise ConfigError(f"the model source {source!r} is no folder here, nor an id of the hub.")
         return source
+    if (folder := packed_folder(source)) is not None:
+        return folder
     file, *more = package_files(source, "*.gguf")
     if more:
         raise ConfigError(f"{source!r}: which of {listing(f.name for f in (file, *more))}? Write {source}:PATH.")
@@ -113,6 +115,17 @@ def model_folder(source: str, report: Callable[[str], None] = lambda _: None) ->
         report(f"converting {file.name} once, into {target}")
         whole_or_not_at_all(target, lambda folder: convert_gguf(file, folder))
     return str(target)
+
+
+def packed_folder(source: str) -> str | None:
+    """The folder of a package's model, where it has one that can be loaded as it is."""
+    if source.count(":") > 1:
+        return None
+    files = package_files(source)
+    whole = {f.parent for f in files if f.name == "config.json"} & {
+        f.parent for f in files if f.name == "tokenizer.json"
+    }
+    return str(whole.pop()) if len(whole) == 1 else None
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
+from transformers import TrainingArguments
+
 from ..config import PeftConfig
 from .base import load_base
 from .batches import Collate, Collator, Feature
@@ -83,6 +85,11 @@ class Task:
         """The base model, loaded as the recipe says."""
         recipe = self.recipe
         return load_base(folder, recipe.model, recipe.quantization, RULES[recipe.task].type, self.head)
+
+    @property
+    def arguments(self) -> type:
+        """The class of its Trainer's arguments."""
+        return TrainingArguments
 
     def trainer(self, **arguments: Any) -> AdapterTrainer:
         """The Trainer of the task."""

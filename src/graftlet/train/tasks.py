@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .answers import Answers
 from .classification import Classification
+from .embedding import Embedding
 from .preference import Preference
 from .recipe import Recipe
 from .reward import Reward
@@ -14,6 +15,7 @@ TASKS: dict[str, type[Task]] = {
     "sft": Answers,
     "dpo": Preference,
     "reward": Reward,
+    "embedding": Embedding,
     "classification": Classification,
 }
 """By the name that a recipe calls it by; what each asks of a recipe stands in `rules.py`."""

@@ -48,10 +48,12 @@ class RowTrainer(AdapterTrainer):
         self.model_accepts_loss_kwargs = False  # else a batch's loss would be divided by a number of tokens
 
 
-def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, device: torch.device, steps: int, kind: Any = TrainingArguments
+) -> TrainingArguments:
     """The Trainer's arguments for a run of `steps` steps; `ConfigError` for an unknown one in `training.arguments`."""
     table = recipe.training
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    known = {f.name for f in dataclasses.fields(kind)}
     for name in table.arguments:
         if name not in known:
             place = recipe.place("training", "arguments", name)
@@ -93,7 +95,7 @@ def training_arguments(recipe: Recipe, device: torch.device, steps: int) -> Trai
         "report_to": [name for name in table.report_to if name != "tensorboard"] or "none",
         "run_name": recipe.title or Path(recipe.output).name,
     }
-    args = TrainingArguments(**{**values, **table.arguments})
+    args = kind(**{**values, **table.arguments})
     args._n_gpu = min(args.n_gpu, 1)  # several devices are accelerate's business, one process each
     return args
 

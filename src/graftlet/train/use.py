@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import CallError
-from .adapter import Opened, open_adapter, summary_of
+from ..model.peft_model import PeftModel
+from .adapter import Opened, open_adapter, place_adapter, summary_of
 from .classification import labels_from, scores_of
 from .data import Example
+from .embedding import around, load_sentences
 
 BATCH = 16
 
@@ -48,6 +50,21 @@ def scores(adapter: str | os.PathLike[str], pairs: Sequence[tuple[str, str]], **
     opened = open_adapter(str(adapter), **where)
     said = [(*opened.messages(asked), {"role": "assistant", "content": answer}) for asked, answer in pairs]
     return _scores(opened, [opened.encoder(Example(messages))[-1].input_ids for messages in said])[:, 0].tolist()
+
+
+def sentences(adapter: str | os.PathLike[str], **where: Any) -> Any:
+    """sentence-transformers' model with the adapter in it: `sentences(adapter).encode(texts)`.
+
+    Args:
+        adapter: the folder of a run of task `embedding`. where: `base`, `dtype` and `device`, as of `open_adapter`.
+
+    Raises as `classify` does, and `DependencyError` where sentence-transformers is missing.
+    """
+    _of(adapter, "embedding")
+    given = {"base": None, "dtype": None, "device": "auto", **where}
+    placed = place_adapter(str(adapter), **given)
+    whole = load_sentences(placed.folder, placed.table)
+    return around(whole, PeftModel.from_pretrained(whole[0].model, str(adapter)).eval())
 
 
 def _scores(opened: Opened, rows: list[list[int]]) -> Any:

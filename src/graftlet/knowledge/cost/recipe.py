@@ -14,7 +14,7 @@ from ...train.base import pick_dtype
 from ...train.optimisers import NAMES
 from ...train.prepare import adapter_config
 from ...train.recipe import Recipe
-from ...train.sources import PACKAGE, cache_folder, package_files
+from ...train.sources import PACKAGE, cache_folder, package_files, packed_folder
 from .devices import Device, find_device
 from .estimating import Estimate, estimated
 from .setup import Setup, model_config
@@ -90,6 +90,8 @@ def _source(recipe: Recipe) -> Any:
     if not source.startswith(PACKAGE):
         path = Path(source).expanduser()
         return path if path.exists() else source
+    if (folder := packed_folder(source)) is not None:
+        return Path(folder)
     file, *more = package_files(source, "*.gguf")
     if more:
         raise ConfigError(
