@@ -176,10 +176,12 @@ def _fields(recipe: Recipe) -> dict[str, Any]:
 
 def _model(source: str) -> dict[str, Any]:
     """The `config.json` of a base that is here; nothing for one that is not yet."""
-    from ..train.sources import PACKAGE, cache_folder, package_files
+    from ..train.sources import PACKAGE, cache_folder, package_files, packed_folder
 
     folders = [Path(source).expanduser()]
-    if source.startswith(PACKAGE):
+    if source.startswith(PACKAGE) and (packed := packed_folder(source)) is not None:
+        folders = [Path(packed)]
+    elif source.startswith(PACKAGE):
         stem = package_files(source, "*.gguf")[0].stem
         folders = sorted((cache_folder() / "models").glob(f"{stem}-*"))
     for folder in folders:

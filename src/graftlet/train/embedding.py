@@ -33,6 +33,7 @@ def load_sentences(folder: str, table: ModelTable) -> Any:
     device = pick_device(table.device)
     told = {"dtype": pick_dtype(table.dtype, device), "attn_implementation": table.attention}
     made: Any = SentenceTransformer(folder, device=str(device), revision=table.revision, model_kwargs=told)
+    made.model_card_data.generate_widget_examples = False  # the folder gets the adapter's own card
     return made
 
 

@@ -119,7 +119,7 @@ def model_folder(source: str, report: Callable[[str], None] = lambda _: None) ->
 
 def packed_folder(source: str) -> str | None:
     """The folder of a package's model, where it has one that can be loaded as it is."""
-    if source.count(":") > 1:
+    if not source.startswith(PACKAGE) or source.count(":") > 1:
         return None
     files = package_files(source)
     whole = {f.parent for f in files if f.name == "config.json"} & {
