@@ -69,7 +69,7 @@ docs: docs-check
 docs-check: $(READY)
 	$(BIN)/python -m graftlet.knowledge --check
 
-# The engines themselves read what is exported to them, in an environment of their own over the usual one.
+# The engines themselves read what is exported to them, and DeepSpeed trains, in an environment of their own over the usual one.
 READERS := $(VENV)-engines
 
 test-engines: $(READY)
@@ -80,6 +80,9 @@ test-engines: $(READY)
 	$(READERS)/bin/pip install -q tensorboard trackio
 	PYTHONPATH=src $(READERS)/bin/python -m pytest tests/serve/test_export.py tests/serve/test_foreign.py tests/examples \
 	  tests/e2e/test_comforts.py tests/e2e/test_browser.py tests/train/test_embedding.py tests/docs
+	$(READERS)/bin/pip install -q hjson msgpack einops py-cpuinfo wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(READERS)/bin/pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
+	PYTHONPATH=src $(READERS)/bin/python -m pytest tests/several/test_zero.py
 
 # What would be published: built in a fresh environment, checked, and installed nowhere.
 dist: $(READY)

@@ -24,8 +24,7 @@ def agree(folder: Path, names: tuple[str, ...], engine: str) -> None:
     """Each adapter is that of one process, but for the order in which numbers were added."""
     for name in names:
         if engine != "tp" or name not in jobs.UNSHARED:
-            moved = jobs.apart(folder / name, folder / f"{name}-start")
-            assert jobs.apart(folder / name, folder / f"{name}-{engine}") < 1e-3 * moved, name
+            assert jobs.off(folder / name, folder / f"{name}-{engine}", folder / f"{name}-start") < 1e-3, name
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +77,9 @@ def test_every_kind_of_method_on_every_engine(tmp_path: Path, processes: int) ->
 
 
 @pytest.mark.slow
-def test_half_precision_main_memory_and_four_bits_under_fsdp2(tmp_path: Path) -> None:
+def test_half_precision_main_memory_merges_and_four_bits_under_fsdp2(tmp_path: Path) -> None:
     jobs.alone(str(tmp_path), "lora")
-    launch("policies+qlora", 2, tmp_path, "lora", timeout=900)
+    launch("policies+fsdp2_merged+qlora", 2, tmp_path, "lora", timeout=900)
 
 
 @pytest.mark.slow
