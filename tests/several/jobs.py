@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 import graftlet
 from graftlet.files import read_tensors
 from graftlet.integrations import sent, shard
+from graftlet.model.parts import root_of
 from graftlet.train.recipe import Recipe, check
 from graftlet.train.run import train
 from graftlet.weights.whole import put, whole
@@ -126,6 +127,15 @@ def apart(one: Path, other: Path) -> float:
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
+def off(one: Path, other: Path, start: Path) -> float:
+    """How far the tensors of two adapters are apart, each in parts of how far it has moved from its start."""
+    a, b, begun = (read_tensors(folder / "adapter_model.safetensors") for folder in (one, other, start))
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    assert all(a[k].shape == b[k].shape and a[k].numel() for k in a)
+    most = {k: float((a[k].double() - begun[k].double()).abs().max()) for k in a}
+    return max(float((a[k].double() - b[k].double()).abs().max()) / max(most[k], 1e-4) for k in a)
+
+
 @contextmanager
 def processes() -> Iterator[None]:
     dist.init_process_group("gloo")
@@ -160,6 +170,26 @@ def fsdp2(folder: str, names: str) -> None:
         assert not result.unexpected_keys, result
         ids = batch(9)
         assert torch.allclose(again(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-6), name
+
+
+def fsdp2_merged(folder: str, names: str) -> None:
+    """A merge into a base in parts has the outputs of the adapter beside it, and is undone to the bit."""
+    for name in ("lora", "dora", "vera", "oft"):
+        merged(shard(adapted(name)), lambda p: p.to_local())
+
+
+def merged(model: Any, kept: Callable[[Any], torch.Tensor]) -> None:
+    """Merge into a model in parts, and back. kept: a parameter's part."""
+    parameters = dict(getattr(model, "module", model).named_parameters())
+    before = {name: kept(p).clone() for name, p in parameters.items()}
+    root = root_of(model)
+    with torch.no_grad():
+        beside = model(input_ids=batch(9)).logits
+        root.merge_adapter()
+        assert any(not kept(p).equal(before[name]) for name, p in parameters.items())
+        assert torch.allclose(model(input_ids=batch(9)).logits, beside, atol=1e-5)
+        root.unmerge_adapter()
+    assert all(kept(p).equal(before[name]) for name, p in parameters.items())
 
 
 def counted(sizes: list[int], bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -341,6 +371,7 @@ FSDP = {
 
 JOBS: dict[str, Callable[..., None]] = {
     "qlora": qlora,
+    "fsdp2_merged": fsdp2_merged,
     "policies": policies,
     "loaded": loaded,
     "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,

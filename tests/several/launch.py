@@ -12,9 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def launch(job: str, processes: int, *arguments: object, timeout: int = 300, **environment: str) -> str:
-    """Run `jobs.JOB(*arguments)` in so many processes, and give what the first one printed."""
-    code = f"from tests.several import jobs; jobs.main({job!r}, *{list(map(str, arguments))!r})"
+def launch(
+    job: str, processes: int, *arguments: object, module: str = "jobs", timeout: int = 300, **environment: str
+) -> str:
+    """Run `jobs.JOB(*arguments)` in so many processes, and give what the first one printed. module: that has the job."""
+    code = f"from tests.several import {module}; {module}.main({job!r}, *{list(map(str, arguments))!r})"
     return run([sys.executable, "-c", code], processes, timeout, **environment)
 
 

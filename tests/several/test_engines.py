@@ -24,8 +24,7 @@ def agree(folder: Path, names: tuple[str, ...], engine: str) -> None:
     """Each adapter is that of one process, but for the order in which numbers were added."""
     for name in names:
         if engine != "tp" or name not in jobs.UNSHARED:
-            moved = jobs.apart(folder / name, folder / f"{name}-start")
-            assert jobs.apart(folder / name, folder / f"{name}-{engine}") < 1e-3 * moved, name
+            assert jobs.off(folder / name, folder / f"{name}-{engine}", folder / f"{name}-start") < 1e-3, name
 
 
 @pytest.fixture(scope="module")

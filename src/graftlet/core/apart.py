@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedLayerError
 from ..weights.site import Site
-from ..weights.whole import in_parts
+from ..weights.whole import shared_out
 from .context import Call, current
 
 
@@ -34,7 +34,7 @@ class Apart:
 
         Raises `UnsupportedLayerError` where its output is no linear function of its input alone: an expert stack's.
         """
-        if not in_parts(site.weight):
+        if not shared_out(site.weight):
             return None
         if site.opaque:
             raise UnsupportedLayerError(
@@ -46,7 +46,7 @@ class Apart:
     @property
     def holds(self) -> bool:
         """Whether the weight is in parts now: FSDP2 puts it together for the time of a call."""
-        return in_parts(self.site.weight)
+        return shared_out(self.site.weight)
 
     def run(self, call: Callable[[Tensor], Any], base: Callable[[Tensor], Tensor], x: Tensor) -> Any:
         """`call` with the whole of x; of its output, what `base` would have given here."""

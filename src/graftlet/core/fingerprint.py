@@ -111,7 +111,7 @@ def _spread(items: list[str], count: int) -> list[str]:
 
 def _numbers(weight: Tensor, tokens: int | None) -> list[float]:
     """Numbers of a weight at places that depend on its shape alone; of an embedding, of its first rows."""
-    weight = whole(weight.detach())
+    weight = whole(weight).detach()
     if tokens is not None and weight.shape[0] == tokens:
         weight = weight[: min(tokens, 8)]
     flat = weight.reshape(-1)

@@ -21,7 +21,7 @@ from ..errors import ConfigError, UnsupportedLayerError
 from ..registry import Entry
 from ..weights.offloaded import duplicate, unhooked
 from ..weights.site import Parameter, Site
-from ..weights.whole import in_parts, made_alike
+from ..weights.whole import made_alike, shape_of, shared_out
 from .around import Block
 from .block import BlockHost, host_for, started
 from .host import AdapterHost, Shell, commons, home_of
@@ -110,7 +110,7 @@ class Plan:
             wanted += [(max(1, site.stack), *spec.shape) for spec in branch.specs.values()]
         with torch.device("meta"):
             wanted += [p.shape for network in self._networks(init=False).values() for p in network.parameters()]
-        most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(p.numel() for p in self.model.parameters())
+        most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(shape_of(p).numel() for p in self.model.parameters())
         if (count := sum(map(math.prod, wanted))) > most:
             raise ConfigError(
                 f"the adapter's config asks for {count:,} numbers, absurdly more than its base has: it is damaged, or made to "
@@ -306,7 +306,7 @@ def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Mod
 
     Raises `UnsupportedLayerError` where an engine keeps the module in parts, and has changed how it is called.
     """
-    if any(map(in_parts, module.parameters())):
+    if any(map(shared_out, module.parameters())):
         raise UnsupportedLayerError(
             f"a {type(module).__name__} that is kept in parts, one a process, cannot be copied to be trained whole; put "
             "the adapter on before an engine shards the model, or leave the module out of modules_to_save."
@@ -319,7 +319,7 @@ def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Mod
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+    empty = torch.empty(shape_of(tensor), dtype=tensor.dtype, device="meta")
     return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 

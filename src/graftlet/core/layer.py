@@ -20,6 +20,7 @@ from ..weights.product import Product
 from ..weights.rounding import finite, note
 from ..weights.site import Site
 from ..weights.storage import MARKS, PLAIN
+from ..weights.whole import in_parts
 from .apart import Apart, SharedOut
 from .context import BASE, Call, current, using
 from .merging import Kept, exactly, write
@@ -478,10 +479,9 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
     def part(self, shared: set[int]) -> None:
         kept = self.site.weight
         if id(kept) in shared and isinstance(kept, nn.Parameter) and not self._shared:
-            if self.site.storage is not PLAIN:
-                raise MergeError(
-                    f"a quantised weight that layers share ({self.keys}) cannot be parted to be merged into."
-                )
+            if self.site.storage is not PLAIN or in_parts(kept):
+                how = "quantised weight" if self.site.storage is not PLAIN else "weight in parts, one a process,"
+                raise MergeError(f"a {how} that layers share ({self.keys}) cannot be parted to be merged into.")
             self._shared.append(kept)
             setattr(self.site.module, self.site.name, nn.Parameter(kept.detach().clone(), requires_grad=False))
 

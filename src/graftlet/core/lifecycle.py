@@ -15,6 +15,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..errors import MergeError, MergeWarning, RoundingWarning, listing, warn
 from ..weights.rounding import Rounding, noted
+from ..weights.whole import in_parts, made_whole
 from .context import choosing
 from .host import AdapterHost, bare, check_known, commons, home_within, hosts, standing
 from .layer import AdaptedLayer
@@ -120,14 +121,32 @@ def merge(
     before = [(host, list(host.merged_adapters)) for host in found]
     shared = {id(group.parameter) for group in tied(model)}
     try:
-        for host in progress(found):
-            if host.to_merge(adapter_names):
-                host.part(shared)
-                host.merge(safe_merge, adapter_names)
+        with _made_whole(model, found):
+            for host in progress(found):
+                if host.to_merge(adapter_names):
+                    host.part(shared)
+                    host.merge(safe_merge, adapter_names)
         _tell_rounding(model, [host for host, names in before if host.merged_adapters != names])
     except BaseException:
         _take_back(before)
         raise
+
+
+@contextmanager
+def _made_whole(model: nn.Module, found: list[AdapterHost]) -> Iterator[None]:
+    """Let adapters that an engine keeps in parts be whole until the block ends; the base's weights stay as they are."""
+    if not any(map(in_parts, model.parameters())):
+        yield
+        return
+    if any(in_parts(p) for host in found if isinstance(host, Replacement) for p in host.parameters()):
+        raise MergeError(
+            "modules_to_save that an engine keeps in parts cannot be merged; load the adapter into a whole base."
+        )
+    own = {id(p) for host in found for p in host.parameters()} | {
+        id(p) for _, b in commons(model) for p in b.parameters()
+    }
+    with made_whole(model, own - {id(p) for host in found for p in bare(host).parameters()}):
+        yield
 
 
 def _tell_rounding(model: nn.Module, changed: list[AdapterHost]) -> None:

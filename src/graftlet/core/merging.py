@@ -160,7 +160,8 @@ def _write_packed(layer: AdaptedLayer, merged: Weights) -> Kept:
     with restored_on_error(site) as before:
         kept = Kept(whole=before) if layer.kept is None else layer.kept
         site.write(*merged)
-        note(site, judged(site, merged[0], kept.original(site)[0]))
+        lost = judged(site, merged[0], kept.original(site)[0])
+        note(site, None if site.storage.exact else lost)  # rounded to its own dtype, as ever
     return kept
 
 

@@ -18,6 +18,7 @@ from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
 from ..weights.rounding import finite
 from ..weights.site import Parameter
+from ..weights.whole import shape_of
 from .host import AdapterHost, Shell, commons, hosts
 from .layer import AdaptedLayer
 from .lifecycle import biases
@@ -148,8 +149,8 @@ def fit(wanted: Mapping[str, Slot], given: Mapping[str, Tensor]) -> Fit:
     report = Fit([k for k in wanted if k not in given], [k for k in given if k not in wanted])
     for key in wanted.keys() & given.keys():
         theirs, ours = given[key], wanted[key].tensor
-        if theirs.shape != ours.shape:
-            report.misshaped.append(f"{key} {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        if theirs.shape != (shape := shape_of(ours)):
+            report.misshaped.append(f"{key} {tuple(theirs.shape)}, not {tuple(shape)}")
         elif theirs.is_floating_point() != ours.is_floating_point() or theirs.is_complex() != ours.is_complex():
             report.mistyped.append(f"{key} {theirs.dtype}, not {ours.dtype}")
     report.misshaped.sort()

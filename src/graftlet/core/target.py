@@ -22,6 +22,7 @@ from ..errors import shown as cut
 from ..patterns import check, endings, fullmatch
 from ..registry import Entry
 from ..weights.site import Conv1D, Linear, site_of
+from ..weights.whole import shape_of
 from .host import bare, below
 
 ALL_LINEAR = "all-linear"
@@ -125,7 +126,7 @@ def vocabulary(model: nn.Module) -> int | None:
         weight = getattr(ask(), "weight", None) if callable(ask) else None
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    return None if weight is None else weight.shape[0]
+    return None if weight is None else shape_of(weight)[0]
 
 
 def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:

@@ -208,8 +208,9 @@ class Leaf(nn.Module):
         inner, _, rest = entry.partition(".")
         if rest:
             return self._modules[inner][rest]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
-        held = self._parameters.get(entry)
-        return self._buffers[entry] if held is None else held  # pyright: ignore[reportReturnType]
+        if self._parameters.get(entry) is None:
+            return self._buffers[entry]  # pyright: ignore[reportReturnType]
+        return self._parameters[entry]  # pyright: ignore[reportReturnType]  # so asked for, ZeRO-3 gathers it
 
     def put(self, entry: str, tensor: Tensor, persistent: bool) -> None:
         """Hold a parameter, or a tensor as a buffer."""
@@ -224,7 +225,7 @@ class Leaf(nn.Module):
             self.register_buffer(entry, tensor, persistent=persistent)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self._parameters.get("bias"))
+        return F.linear(x, self.weight, self["bias"] if "bias" in self._parameters else None)
 
 
 class Mirror(Leaf):

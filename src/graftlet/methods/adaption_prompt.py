@@ -20,6 +20,7 @@ from ..core.around import Block, Held
 from ..core.method import Spec
 from ..errors import ConfigError, UnsupportedLayerError
 from ..registry import method
+from ..weights.whole import shape_of
 
 SEPARATE = ("q_proj", "k_proj", "v_proj", "o_proj")
 PACKED = ("c_attn", "c_proj")
@@ -68,7 +69,7 @@ class AdaptionPrompt(Block):
                 f"(as in Llama and Mistral) or {', '.join(PACKED)} (GPT-2), without norms of the queries, are known."
             )
         known: Any = block
-        hidden = known.o_proj.weight.shape[0] if names is SEPARATE else known.c_proj.nf
+        hidden = shape_of(known.o_proj.weight)[0] if names is SEPARATE else known.c_proj.nf
         return {"adaption_prompt": Spec((1, config.adapter_len or 0, hidden)), "adaption_gate": Spec((1,))}
 
     def init(self, tensors: dict[str, Tensor], config: PeftConfig) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..config import PeftConfig, TaskType
+from ..core.target import vocabulary
 from ..errors import AdapterFileError, AutoClassError, ConfigError, DependencyError, listing
 from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -117,7 +118,7 @@ def _fit_vocabulary(base: Any, adapter: str | os.PathLike[str]) -> None:
     if not Path(adapter, "tokenizer_config.json").is_file() or not hasattr(base, "resize_token_embeddings"):
         return
     tokenizer = _import("transformers").AutoTokenizer.from_pretrained(adapter)
-    if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
+    if (own := vocabulary(base)) is not None and len(tokenizer) > own:
         base.resize_token_embeddings(len(tokenizer))
 
 

@@ -23,7 +23,7 @@ from ..core.prompt import CACHES, Cache, Prompt
 from ..core.tensors import Box, renamed
 from ..errors import AdapterFileError, ConfigError
 from ..registry import lookup
-from ..weights.whole import made_alike
+from ..weights.whole import gathered, made_alike, shape_of
 from . import prefix, prompted
 from .parts import transformers_config
 
@@ -41,7 +41,8 @@ def attach(model: Any, name: str, config: PeftConfig, loading: bool = False) -> 
     fill(config, base, words, issubclass(kind, Cache))
     if loading:
         _check_size(config, base)
-    encoder: Prompt = kind(config, words, loading)
+    with gathered(words):
+        encoder: Prompt = kind(config, words, loading)
     encoder.to(words.weight.device)
     made_alike([*encoder.parameters(), *encoder.buffers()], base)
     if config.modules_to_save:
@@ -66,7 +67,7 @@ def _check_size(config: PromptLearningConfig, base: nn.Module) -> None:
         getattr(config, n, None) or 1 for n in ("num_transformer_submodules", "num_tasks", "num_layers", "num_ranks")
     ]
     count = (config.num_virtual_tokens or 1) * (config.token_dim or 1) * math.prod(sizes)
-    if count > limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(p.numel() for p in base.parameters()):
+    if count > limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(shape_of(p).numel() for p in base.parameters()):
         raise ConfigError(
             f"the prompt's config asks for some {count:,} numbers, absurdly more than its base has: it is damaged, or made to "
             "take memory. If it is right, raise graftlet.limits.FREE_ELEMENTS."
@@ -92,7 +93,7 @@ def fill(config: PromptLearningConfig, base: Any, words: Any, cached: bool) -> N
         raise ConfigError(f"{type(base).__name__} has no key-value cache, which a prefix needs; use prompt tuning.")
     if cached:
         prefix.check_kind(base)
-    sizes = _sizes(base, int(words.weight.shape[1]), cached)
+    sizes = _sizes(base, int(shape_of(words.weight)[1]), cached)
     needed = ("token_dim", "num_layers", "num_attention_heads") if cached else ("token_dim",)
     for field in needed:
         given, own = getattr(config, field), sizes[field]

@@ -75,6 +75,16 @@ class AdapterCheckpoints:
         model = self._adapted()
         return None if model is None else model.get_base_model()
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As of Trainer. DeepSpeed goes on from a checkpoint of what learns, which has not the base."""
+        model = self._adapted() if self.is_deepspeed_enabled else None
+        hook = None if model is None else model.register_load_state_dict_post_hook(_frozen_may_be_missing)
+        try:
+            return super().train(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            if hook is not None:
+                hook.remove()
+
     def _set_signature_columns_if_needed(self) -> None:
         if getattr(self, "_signature_columns", None) is None and (base := self._base()) is not None:
             self._signature_columns = [*inspect.signature(base.forward).parameters, "label", "label_ids"]
@@ -153,6 +163,11 @@ class AdapterCheckpoints:
         elif self.state.best_model_checkpoint:
             restore(self.adapted, self.state.best_model_checkpoint)
             restore_allocators(self.adapted, self.state.best_model_checkpoint)
+
+
+def _frozen_may_be_missing(model: Any, keys: Any) -> None:
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    keys.missing_keys[:] = [key for key in keys.missing_keys if key not in frozen]
 
 
 @torch.no_grad()

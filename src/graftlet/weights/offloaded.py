@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .storage import Storage
+from .whole import whole
 
 
 def hook_of(module: nn.Module, name: str) -> Any:
@@ -32,7 +33,7 @@ def present(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def duplicate(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A copy of a module's tensor, a parameter of a parameter, that is there itself."""
-    value = present(module, name, tensor)
+    value = whole(present(module, name, tensor))
     if value is tensor:
         return copy.deepcopy(tensor)
     held = value.detach().clone()

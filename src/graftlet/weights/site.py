@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..errors import MergeError, UnsupportedLayerError
 from .product import Product, watched
 from .storage import PLAIN, Storage, packed, qualified, storage_of, unusable
-from .whole import put, whole
+from .whole import in_use, own_part, put, put_part, whole_of
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
@@ -137,7 +137,7 @@ class Site:
 
     def read_bias(self) -> Tensor | None:
         """The bias `[out]`, where there is one."""
-        return whole(self._held_bias()) if self.has_bias else None
+        return in_use(self._held_bias()) if self.has_bias else None
 
     def _held_bias(self) -> Tensor:
         return self.storage.beside(self.module, cast(str, self.bias), getattr(self.module, cast(str, self.bias)))
@@ -156,17 +156,17 @@ class Site:
 
     def save(self) -> tuple[Any, Any]:
         """What `restore` needs to bring the weight's and bias's very bits back."""
-        bias = self._held_bias().detach().clone() if self.has_bias else None
+        bias = own_part(self._held_bias()) if self.has_bias else None
         return self.storage.save(self.module, self.name), bias
 
     def restore(self, saved: tuple[Any, Any]) -> None:
         self.storage.restore(self.module, self.name, saved[0])
         if saved[1] is not None:
-            self._held_bias().detach().copy_(saved[1])
+            put_part(self._held_bias(), saved[1])
 
     def original(self, saved: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they were when `saved` was made."""
-        bias = None if saved[1] is None else whole(saved[1])
+        bias = None if saved[1] is None else whole_of(self._held_bias(), saved[1])
         return self.canonical(self.storage.recall(self.module, self.name, saved[0])), bias
 
     # the operation
@@ -348,12 +348,12 @@ class Conv(Site):
         return wide.flatten(2)
 
     def kept(self, canonical: Tensor) -> Tensor:
-        if canonical.shape == self.weight.shape:
+        if canonical.shape == self.storage.shape(self.module, self.name):
             return canonical
         return torch.cat([canonical[rows, columns] for rows, columns in self._blocks(canonical)])
 
     def accepts(self, weight: Tensor) -> None:
-        if weight.shape == self.weight.shape:
+        if weight.shape == self.storage.shape(self.module, self.name):
             return
         rest = weight.clone()
         for rows, columns in self._blocks(weight):
@@ -464,11 +464,11 @@ class Parameter(Site):
             owner, path = cast(nn.Module, owner.base_layer), f"base_layer.{path}"
         super().__init__(owner, name, None)
         self.entry, self.path = entry, path
-        if self.weight.dim() not in (2, 3):
+        if len(kept := self.storage.shape(owner, name)) not in (2, 3):
             raise UnsupportedLayerError(
-                f"parameter {name!r} has {self.weight.dim()} dimensions; a matrix or a stack of them can be adapted."
+                f"parameter {name!r} has {len(kept)} dimensions; a matrix or a stack of them can be adapted."
             )
-        self.stack = self.weight.shape[0] if self.weight.dim() == 3 else 0
+        self.stack = kept[0] if len(kept) == 3 else 0
         self.transposed = bool(self.stack) and getattr(owner, "is_transposed", False) is True
 
     def canonical(self, kept: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import DependencyError
 from ..requirements import REQUIREMENTS
-from .whole import put, whole
+from .whole import in_use, own_part, put, put_part, shape_of, whole_of
 
 WIDE = 2
 """Bytes that a number has at least in a dtype that anything is computed in."""
@@ -46,7 +46,7 @@ class Storage:
 
     def shape(self, module: nn.Module, name: str) -> torch.Size:
         """The weight's shape in the layer's own layout: `[out, in]` for a linear layer, however it is packed."""
-        return self.tensor(module, name).shape
+        return shape_of(self.tensor(module, name))
 
     def dtype(self, module: nn.Module, name: str) -> torch.dtype:
         """What the layer computes in, and what `read` gives: single precision where numbers of one byte are kept."""
@@ -84,7 +84,7 @@ class Storage:
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         """The weight as an ordinary floating-point tensor, `shape` and `dtype` as above. It may share what is kept."""
-        return whole(getattr(module, name))
+        return in_use(getattr(module, name))
 
     def beside(self, module: nn.Module, name: str, tensor: Tensor) -> Tensor:
         """Another tensor of the module, its bias, as it can be read and written."""
@@ -103,17 +103,16 @@ class Storage:
     def save(self, module: nn.Module, name: str) -> Any:
         """All that `restore` needs to bring back the very bits, sharing nothing with what is kept."""
         value = getattr(module, name, None)
-        return None if value is None else value.detach().clone()
+        return None if value is None else own_part(value)
 
     def restore(self, module: nn.Module, name: str, saved: Any) -> None:
         """Bring back what `save` saw, on the device that the layer is on now."""
         if saved is not None:
-            with torch.no_grad():
-                getattr(module, name).copy_(saved)
+            put_part(getattr(module, name), saved)
 
     def recall(self, module: nn.Module, name: str, saved: Any) -> Tensor:
         """What `read` would have given when `saved` was made, without changing anything."""
-        return whole(saved)
+        return whole_of(getattr(module, name), saved)
 
 
 class Packed(Storage):

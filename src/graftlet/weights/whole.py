@@ -9,6 +9,7 @@ Making one whole is a matter of all processes: each has to ask for the same tens
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from typing import Any
@@ -20,18 +21,36 @@ from ..errors import AdapterFileError
 
 
 def in_parts(tensor: Tensor) -> bool:
-    """Whether this process may hold but a part of a tensor."""
-    return _sharded(tensor) or _partitioned(tensor)
+    """Whether a tensor is kept in parts, of which this process has one; it may be whole for now."""
+    return shared_out(tensor) or _partitioned(tensor)
+
+
+def shared_out(tensor: Tensor) -> bool:
+    """Whether this process may compute with a part of a tensor: torch's own engines do so, ZeRO-3 never does."""
+    return callable(getattr(tensor, "full_tensor", None))
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, and the tensor itself where it is in no parts. All processes have to ask for it."""
-    if _sharded(tensor):
+    if shared_out(tensor):
         return tensor.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
     if _partitioned(tensor):
         with _gathered(tensor):
             return tensor.detach().clone()
     return tensor
+
+
+def in_use(tensor: Tensor) -> Tensor:
+    """All of a tensor for a computation, which gives its gradient back to the parts where it learns."""
+    if not (tensor.requires_grad and torch.is_grad_enabled()):
+        return whole(tensor)
+    if shared_out(tensor):  # each process computes the whole gradient
+        from torch.distributed.tensor import Replicate
+
+        sharded: Any = tensor
+        return sharded.full_tensor(grad_placements=[Replicate()] * sharded.device_mesh.ndim)
+    # while a model is called ZeRO-3 makes whole what is asked for by its module, and parts it after the backward
+    return tensor if _partitioned(tensor) and tensor.numel() == shape_of(tensor).numel() else whole(tensor)
 
 
 def shape_of(tensor: Tensor) -> torch.Size:
@@ -45,7 +64,7 @@ def put(held: Tensor, value: Tensor) -> None:
     if _partitioned(held):
         with _gathered(held, changed=True):
             held.data.copy_(value)
-    elif _sharded(held):
+    elif shared_out(held):
         from torch.distributed.tensor import distribute_tensor
 
         sharded: Any = held
@@ -56,13 +75,44 @@ def put(held: Tensor, value: Tensor) -> None:
         held.copy_(value)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """A copy of what this process keeps of a tensor."""
+    return getattr(tensor, "ds_tensor", tensor).detach().clone()
+
+
+@torch.no_grad()
+def put_part(held: Tensor, saved: Tensor) -> None:
+    """Fill what this process keeps of a tensor from such a copy; all processes have to do so."""
+    if _partitioned(held):
+        known: Any = held
+        with _gathered(known):
+            known.ds_tensor.copy_(saved)
+            known.partition(param_list=[known])
+            known.all_gather(param_list=[known])
+    else:
+        held.detach().copy_(saved)
+
+
+def whole_of(held: Tensor, saved: Tensor) -> Tensor:
+    """All of a tensor as it was when its parts were copied."""
+    if not _partitioned(held):
+        return whole(saved)
+    now = own_part(held)
+    put_part(held, saved)
+    try:
+        return whole(held)
+    finally:
+        put_part(held, now)
+
+
 @torch.no_grad()
 def made_alike(tensors: Iterable[Tensor], model: nn.Module) -> None:
     """Give tensors that each process made the values that they have in the first of those that share a model out."""
-    sharded: Any = next(filter(_sharded, model.parameters()), None) if _among_others() else None
-    if sharded is None:
+    kept: Any = next(filter(in_parts, model.parameters()), None) if _among_others() else None
+    if kept is None:
         return
-    groups = [sharded.device_mesh.get_group(axis) for axis in range(sharded.device_mesh.ndim)]
+    mesh = kept.device_mesh if shared_out(kept) else None
+    groups = [kept.ds_process_group] if mesh is None else [mesh.get_group(axis) for axis in range(mesh.ndim)]
     for tensor in tensors:
         for group in groups if not tensor.is_meta else ():
             torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
@@ -84,19 +134,28 @@ def made_whole(
     they hold then, the parts take over.
     """
     swapped, known = list[tuple[dict[str, Any], str, Tensor]](), dict[int, Tensor]()
-    try:
-        for name, held, key, tensor in _places(model, ids):
-            if id(tensor) not in known:
-                known[id(tensor)] = _found(name, tensor, given)
-            if known[id(tensor)] is not tensor:
-                swapped.append((held, key, tensor))
-                held[key] = known[id(tensor)]
-        yield known
-        for held, key, tensor in swapped if changed else ():
-            put(tensor, held[key])
-    finally:
-        for held, key, tensor in swapped:
-            held[key] = tensor
+    places = list(_places(model, ids))
+    with _left_alone([module for _, module, _, _, tensor in places if _partitioned(tensor)]):
+        try:
+            for name, _, held, key, tensor in places:
+                if id(tensor) not in known:
+                    known[id(tensor)] = _found(name, tensor, given)
+                if known[id(tensor)] is not tensor:
+                    swapped.append((held, key, tensor))
+                    held[key] = known[id(tensor)]
+            yield known
+            for held, key, tensor in swapped if changed else ():
+                put(tensor, held[key])
+        finally:
+            for held, key, tensor in swapped:
+                held[key] = tensor
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Let what ZeRO-3 keeps in parts be whole in a module until the block ends, so that it can be called without an engine."""
+    with made_whole(module, {id(p) for p in module.parameters() if _partitioned(p)}):
+        yield
 
 
 def _found(name: str, tensor: Tensor, given: Mapping[str, Tensor] | None) -> Tensor:
@@ -111,13 +170,27 @@ def _found(name: str, tensor: Tensor, given: Mapping[str, Tensor] | None) -> Ten
     return nn.Parameter(found.detach(), tensor.requires_grad)
 
 
-def _places(model: nn.Module, ids: Set[int]) -> Iterator[tuple[str, dict[str, Any], str, Tensor]]:
-    """Everywhere that these tensors stand: their name, the dictionary that holds them, and their key in it."""
+@contextmanager
+def _left_alone(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules be called without ZeRO-3's hooks, which take every parameter for one of its own."""
+    names = ("_forward_pre_hooks", "_forward_hooks")
+    hooks = [(module, name, getattr(module, name)) for module in dict.fromkeys(modules) for name in names]
+    for module, name, _ in hooks:
+        setattr(module, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for module, name, held in hooks:
+            setattr(module, name, held)
+
+
+def _places(model: nn.Module, ids: Set[int]) -> Iterator[tuple[str, nn.Module, dict[str, Any], str, Tensor]]:
+    """Everywhere that these tensors stand: their name, their module, its dictionary that holds them, and their key in it."""
     for path, module in model.named_modules():
         for held in (module._parameters, module._buffers):
             for key, tensor in list(held.items()):
                 if tensor is not None and id(tensor) in ids:
-                    yield clean(f"{path}.{key}" if path else key), held, key, tensor
+                    yield clean(f"{path}.{key}" if path else key), module, held, key, tensor
 
 
 def clean(name: str) -> str:
@@ -133,19 +206,19 @@ def _among_others() -> bool:
     return found is not None and found.is_available() and found.is_initialized()
 
 
-def _sharded(tensor: Tensor) -> bool:
-    return callable(getattr(tensor, "full_tensor", None))
-
-
 def _partitioned(tensor: Tensor) -> bool:
-    return tensor.numel() != shape_of(tensor).numel()
+    return hasattr(tensor, "ds_tensor")
 
 
 @contextmanager
 def _gathered(parameter: Any, changed: bool = False) -> Iterator[None]:
-    """Let a parameter of ZeRO-3 be whole, in place."""
+    """Let a parameter of ZeRO-3 be whole, in place, and then as it was: small ones stay whole, beside their parts."""
+    stays = parameter.numel() == parameter.ds_numel
     parameter.all_gather(param_list=[parameter])
     try:
         yield
     finally:
-        parameter.partition(param_list=[parameter], has_been_updated=changed)
+        if changed or not stays:
+            parameter.partition(param_list=[parameter], has_been_updated=changed)
+        if changed and stays:
+            parameter.all_gather(param_list=[parameter])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...weights.site import Site
+from ...weights.whole import shape_of
 
 ROOM = 4 * 2**30
 """Bytes that the measurements of layers in progress may take, unless it is said."""
@@ -48,7 +49,7 @@ def key_of(sites: Mapping[str, Site], **facts: Any) -> str:
     for path, site in sites.items():
         kept = site.weight.detach().flatten()
         sample = kept[:: max(1, len(kept) // SAMPLE)].cpu().double()
-        digest.update(f"{path} {tuple(site.weight.shape)} {sample.tolist()}".encode())
+        digest.update(f"{path} {tuple(shape_of(site.weight))} {sample.tolist()}".encode())
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...core.method import View
 from ...errors import ConfigError
 from ...weights.site import Linear, Site
+from ...weights.whole import shape_of
 from ..data.stream import call, check_all_seen, keep, kept, linear_layers, rank_of, used
 from ..data.turns import ROOM, Record, Shown, key_of, measured, progress, turns
 from . import start
@@ -130,7 +131,7 @@ def preprocess_loraga(
         yield found
 
     record = Record(cache_file, key_of(sites, start="lora_ga", ranks=ranks))
-    groups = turns({p: 4 * site.weight.numel() for p, site in sites.items()}, room, True)
+    groups = turns({p: 4 * shape_of(site.weight).numel() for p, site in sites.items()}, room, True)
     with progress(model, len(sites), "lora_ga: layers", show_progress_bar) as tell:
         found = measured(record, groups, measure, tell)
     for path, site in sites.items():

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each of several processes does in a test of DeepSpeed's ZeRO: train by accelerate's engine, save, load, merge."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+from transformers import LlamaForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+import graftlet
+
+from . import jobs
+
+STAGES = (1, 2, 3)
+
+GATHERED: dict[str, int] = {"stage3_param_persistence_threshold": 0, "stage3_model_persistence_threshold": 0}
+"""So small a tensor too is kept in parts; of itself, ZeRO-3 leaves all whole that these models have."""
+
+BIASES: dict[str, Callable[[], graftlet.PeftConfig]] = {
+    "dora-bias": lambda: graftlet.LoraConfig(target_modules=["q_proj", "down_proj"], r=3, use_dora=True, bias="all"),
+}
+"""A method that reads a bias which learns."""
+
+
+def config(stage: int, **changes: Any) -> dict[str, Any]:
+    """DeepSpeed's own config, as a file has it."""
+    return {
+        "train_micro_batch_size_per_gpu": jobs.ROWS // dist.get_world_size(),
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": stage, **GATHERED},
+        "zero_allow_untested_optimizer": True,
+        **changes,
+    }
+
+
+def as_accelerator() -> None:
+    """accelerate has DeepSpeed on accelerators alone: it is told that this is one, whose tensors are on the CPU."""
+    PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_XPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.update({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false"})
+
+
+def prepared(model: Any, stage: int) -> tuple[Accelerator, Any, Any]:
+    """accelerate, the engine and the optimiser."""
+    as_accelerator()
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config(stage)))
+    engine, optimizer = accelerator.prepare(model, jobs.optimizer_of(model))
+    assert engine.zero_optimization_stage() == stage
+    assert all((parameter.numel() == 0) == (stage == 3) for parameter in model.parameters())
+    return accelerator, engine, optimizer
+
+
+def fit(model: Any, stage: int) -> Any:
+    accelerator, engine, optimizer = prepared(model, stage)
+    for number in range(jobs.STEPS):
+        ids = jobs.part(number)
+        accelerator.backward(engine(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return engine
+
+
+def zero(stage: int, folder: str, names: str) -> None:
+    """Train each method's adapter; what is in parts is filled from the file, and is then what was trained."""
+    for name in names.split(","):
+        engine = fit(jobs.adapted(name), stage)
+        engine.module.save_pretrained(Path(folder, f"{name}-zero{stage}"), is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        if name in jobs.NETWORKS:
+            continue
+        again = prepared(jobs.adapted(name), stage)[1]
+        tensors = graftlet.load_peft_weights(Path(folder, f"{name}-zero{stage}"))
+        assert not graftlet.set_peft_model_state_dict(again, tensors).unexpected_keys
+        ids = jobs.batch(9)
+        assert torch.allclose(again(input_ids=ids).logits, engine(input_ids=ids).logits, atol=1e-6), name
+
+
+def partitioned(folder: str) -> Any:
+    """A base of which each process has but its part, from the start."""
+    partitioned.config = HfDeepSpeedConfig(config(3))  # type: ignore[attr-defined]  # held: transformers looks for it
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    return model
+
+
+def zero3_loaded(folder: str, names: str) -> None:
+    """Adapters that come to a base in parts: from a file and anew, with the outputs and the steps of a whole base."""
+    for name in names.split(","):
+        saved, again = Path(folder, name), Path(folder, f"{name}-loaded")
+        model = graftlet.PeftModel.from_pretrained(partitioned(str(Path(folder, "base"))), saved, is_trainable=True)
+        model.save_pretrained(again)
+        dist.barrier()
+        assert jobs.apart(saved, again) == 0, name
+        with torch.no_grad():
+            whole = graftlet.PeftModel.from_pretrained(jobs.base(), saved)(input_ids=jobs.batch(9)).logits
+            engine = prepared(model, 3)[1]
+            assert torch.allclose(engine(input_ids=jobs.batch(9)).logits, whole, atol=1e-5), name
+        started = graftlet.get_peft_model(partitioned(str(Path(folder, "base"))), jobs.METHODS[name]())
+        jobs.moved(started)
+        fit(started, 3).module.save_pretrained(Path(folder, f"{name}-started"))
+
+
+def zero3_alike(folder: str, names: str) -> None:
+    """Adapters begin as the first process's, though each process draws other numbers."""
+    model = partitioned(str(Path(folder, "base")))
+    torch.manual_seed(dist.get_rank())
+    made = graftlet.get_peft_model_state_dict(graftlet.get_peft_model(model, jobs.METHODS["lora"]()))
+    for tensor in made.values():
+        first = tensor.clone()
+        dist.broadcast(first, 0)
+        assert tensor.equal(first)
+
+
+def zero3_merged(folder: str, names: str) -> None:
+    """A merge into a base in parts has the outputs of the adapter beside it, and is undone to the bit."""
+    for name in ("lora", "dora", "vera", "oft"):
+        jobs.merged(prepared(jobs.adapted(name), 3)[1], lambda p: p.ds_tensor)
+
+
+def recipe_zero(stage: int, folder: str, names: str) -> None:
+    """A recipe with a config of DeepSpeed's, as `accelerate launch --use_deepspeed` tells it to the processes."""
+    as_accelerator()
+    file = Path(folder, f"zero{stage}-{dist.get_rank()}.json")
+    sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    file.write_text(json.dumps(config(stage, **sizes)))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(file)
+    os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "true"
+    jobs.cut_and_resumed(folder, f"zero{stage}")
+
+
+def main(job: str, *arguments: str) -> None:
+    """As of `jobs`, with those jobs that need DeepSpeed."""
+    jobs.METHODS.update(BIASES)
+    for stage in STAGES:
+        jobs.JOBS[f"zero{stage}"] = partial(zero, stage)
+        jobs.JOBS[f"recipe_zero{stage}"] = partial(recipe_zero, stage)
+    jobs.JOBS.update(zero3_loaded=zero3_loaded, zero3_alike=zero3_alike, zero3_merged=zero3_merged)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    jobs.main(job, *arguments)
