@@ -182,7 +182,7 @@ def merged(model: Any, kept: Callable[[Any], torch.Tensor]) -> None:
     """Merge into a model in parts, and back. kept: a parameter's part."""
     parameters = dict(getattr(model, "module", model).named_parameters())
     before = {name: kept(p).clone() for name, p in parameters.items()}
-    root = root_of(model)
+    root: Any = root_of(model)
     with torch.no_grad():
         beside = model(input_ids=batch(9)).logits
         root.merge_adapter()

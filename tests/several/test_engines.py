@@ -77,9 +77,9 @@ def test_every_kind_of_method_on_every_engine(tmp_path: Path, processes: int) ->
 
 
 @pytest.mark.slow
-def test_half_precision_main_memory_and_four_bits_under_fsdp2(tmp_path: Path) -> None:
+def test_half_precision_main_memory_merges_and_four_bits_under_fsdp2(tmp_path: Path) -> None:
     jobs.alone(str(tmp_path), "lora")
-    launch("policies+qlora", 2, tmp_path, "lora", timeout=900)
+    launch("policies+fsdp2_merged+qlora", 2, tmp_path, "lora", timeout=900)
 
 
 @pytest.mark.slow

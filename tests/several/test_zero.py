@@ -41,7 +41,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(jobs.recipe(str(folder), 4, "alone"), console=Console(quiet=True))
     jobs.alone(str(folder), ",".join(QUICK))
     recipes = [f"recipe_{engine}" for engine in ENGINES]
-    started("+".join([*ENGINES, "zero3_loaded", "zero3_alike", "zero3_merged", *recipes]), 2, folder, QUICK)
+    started(
+        "+".join([*ENGINES, "refreshed", "zero3_loaded", "zero3_alike", "zero3_merged", *recipes]), 2, folder, QUICK
+    )
     return folder
 
 

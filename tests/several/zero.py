@@ -17,7 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from transformers import LlamaForCausalLM
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import graftlet
 
@@ -108,7 +108,9 @@ def zero3_loaded(folder: str, names: str) -> None:
             whole = graftlet.PeftModel.from_pretrained(jobs.base(), saved)(input_ids=jobs.batch(9)).logits
             engine = prepared(model, 3)[1]
             assert torch.allclose(engine(input_ids=jobs.batch(9)).logits, whole, atol=1e-5), name
-        started = graftlet.get_peft_model(partitioned(str(Path(folder, "base"))), jobs.METHODS[name]())
+        parts = partitioned(str(Path(folder, "base")))
+        jobs.base()  # as many random numbers drawn as for one process
+        started = graftlet.get_peft_model(parts, jobs.METHODS[name]())
         jobs.moved(started)
         fit(started, 3).module.save_pretrained(Path(folder, f"{name}-started"))
 
@@ -130,6 +132,23 @@ def zero3_merged(folder: str, names: str) -> None:
         jobs.merged(prepared(jobs.adapted(name), 3)[1], lambda p: p.ds_tensor)
 
 
+def refreshed(folder: str, names: str) -> None:
+    """What is loaded into an engine that trains counts from the next step on, once its optimiser is told."""
+    for stage in STAGES:
+        one = jobs.adapted("lora")
+        tensors = {key: 2 * tensor for key, tensor in graftlet.get_peft_model_state_dict(one).items()}
+        accelerator, engine, optimizer = prepared(jobs.adapted("lora"), stage)
+        for model in (one, engine):
+            graftlet.set_peft_model_state_dict(model, tensors)
+        engine.optimizer.refresh_fp32_params()
+        one(input_ids=jobs.batch(0), labels=jobs.batch(0)).loss.backward()
+        jobs.optimizer_of(one).step()
+        accelerator.backward(engine(input_ids=jobs.part(0), labels=jobs.part(0)).loss)
+        optimizer.step()
+        ours, theirs = map(graftlet.get_peft_model_state_dict, (engine, one))
+        assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs), stage
+
+
 def recipe_zero(stage: int, folder: str, names: str) -> None:
     """A recipe with a config of DeepSpeed's, as `accelerate launch --use_deepspeed` tells it to the processes."""
     as_accelerator()
@@ -147,6 +166,6 @@ def main(job: str, *arguments: str) -> None:
     for stage in STAGES:
         jobs.JOBS[f"zero{stage}"] = partial(zero, stage)
         jobs.JOBS[f"recipe_zero{stage}"] = partial(recipe_zero, stage)
-    jobs.JOBS.update(zero3_loaded=zero3_loaded, zero3_alike=zero3_alike, zero3_merged=zero3_merged)
+    jobs.JOBS.update(refreshed=refreshed, zero3_loaded=zero3_loaded, zero3_alike=zero3_alike, zero3_merged=zero3_merged)
     warnings.filterwarnings("ignore", category=FutureWarning)
     jobs.main(job, *arguments)
