@@ -69,8 +69,10 @@ docs: docs-check
 docs-check: $(READY)
 	$(BIN)/python -m graftlet.knowledge --check
 
-# The engines themselves read what is exported to them, and DeepSpeed trains, in an environment of their own over the usual one.
+# The engines themselves read what is exported to them, in an environment of their own over the usual one; and DeepSpeed trains,
+# in another one, as accelerate does other things where it is installed.
 READERS := $(VENV)-engines
+ZERO := $(VENV)-zero
 
 test-engines: $(READY)
 	$(PYTHON) -m venv $(READERS)
@@ -80,9 +82,11 @@ test-engines: $(READY)
 	$(READERS)/bin/pip install -q tensorboard trackio
 	PYTHONPATH=src $(READERS)/bin/python -m pytest tests/serve/test_export.py tests/serve/test_foreign.py tests/examples \
 	  tests/e2e/test_comforts.py tests/e2e/test_browser.py tests/train/test_embedding.py tests/docs
-	$(READERS)/bin/pip install -q hjson msgpack einops py-cpuinfo wheel
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(READERS)/bin/pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
-	PYTHONPATH=src $(READERS)/bin/python -m pytest tests/several/test_zero.py
+	$(PYTHON) -m venv $(ZERO)
+	ls -d $$PWD/$(VENV)/lib/python3*/site-packages > "$$(ls -d $(ZERO)/lib/python3*/site-packages)/over.pth"
+	$(ZERO)/bin/pip install -q hjson msgpack einops py-cpuinfo wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO)/bin/pip install -q --no-deps --no-build-isolation deepspeed==0.19.8
+	PYTHONPATH=src $(ZERO)/bin/python -m pytest tests/several/test_zero.py
 
 # What would be published: built in a fresh environment, checked, and installed nowhere.
 dist: $(READY)
