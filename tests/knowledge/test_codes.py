@@ -22,6 +22,7 @@ OTHERS = {
     "AttributeError": "a module's or view's `__getattr__`",
     "AssertionError": "a law that is broken",
     "ValueError": "a validator, whose caller makes a ConfigError or an AdapterFileError of it",
+    "PydanticCustomError": "a ValueError of a recipe's validator, with the place of the key that is wrong",
     "TypeError": "JSON's own way to say that a value has no place in it",
     "KeyboardInterrupt": "a second Ctrl-C",
     "Exit": "the exit status of a command",

@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +98,11 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast sees to the dtypes of operations on a tensor."""
     kind = kind_of(x)
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which operations are in their tensors' own dtypes. Tensors without data know no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def capturing(device: torch.device) -> bool:

@@ -13,9 +13,13 @@ PAGES = (
         links=("cpu", "cuda-training", "Delta", "model", "train"),
     ),
     Workflow(name="tasks", title="Tasks of a recipe", source="guides/tasks.md", links=("fine-tune", "train")),
-    Workflow(name="embeddings", title="Embeddings of sentences", source="guides/embeddings.md", links=("tasks", "train")),
+    Workflow(
+        name="embeddings", title="Embeddings of sentences", source="guides/embeddings.md", links=("tasks", "train")
+    ),
     Workflow(name="plan", title="What a run takes", source="guides/plan.md", links=("fine-tune", "knowledge")),
-    Workflow(name="command-line", title="The command line", source="guides/command-line.md", links=("fine-tune", "train")),
+    Workflow(
+        name="command-line", title="The command line", source="guides/command-line.md", links=("fine-tune", "train")
+    ),
     Workflow(
         name="qlora",
         title="Fine-tune a quantised base",

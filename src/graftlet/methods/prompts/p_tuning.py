@@ -10,10 +10,10 @@ import enum
 import itertools
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from ...config import PromptLearningConfig
+from ...core.kernel import without_autocast
 from ...core.prompt import Prompt
 from ...registry import method
 from .prompt_tuning import count
@@ -80,7 +80,7 @@ class PromptEncoder(Prompt):
     def rows(self) -> Tensor:
         made = self.embedding.weight
         if self.lstm_head is not None:
-            with torch.autocast(made.device.type, enabled=False):  # not every processor has it in half precision
+            with without_autocast(made.device):  # not every processor has it in half precision
                 made = self.lstm_head(made.unsqueeze(0))[0].squeeze(0)
         return made if self.mlp_head is None else self.mlp_head(made)
 

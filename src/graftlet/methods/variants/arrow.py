@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.kernel import without_autocast
 from ...core.method import Delta, Routed, View
 from ...errors import CallError, ConfigError
 from ...weights.site import Linear
@@ -107,9 +108,7 @@ def found(experts: list[View], general: list[View]) -> Tensor:
 def direction(A: Tensor, B: Tensor) -> Tensor:
     """The top right singular vector of B A, by a problem of its rank's size; zero where the product is."""
     A, B = A.float(), B.float()
-    with torch.autocast(
-        A.device.type, enabled=False
-    ):  # half precision tells no directions apart, nor can all devices do it
+    with without_autocast(A.device):  # half precision tells no directions apart, nor can all devices do it
         Q, R = torch.linalg.qr(A.T)
         values, vectors = torch.linalg.eigh(R @ (B.T @ B) @ R.T)
         return Q @ vectors[:, -1] * (values[-1] > 0)
