@@ -27,14 +27,28 @@ def agree(folder: Path, names: tuple[str, ...], engine: str) -> None:
             assert jobs.off(folder / name, folder / f"{name}-{engine}", folder / f"{name}-start") < 1e-3, name
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes made, and one: they are started once, as that takes longest."""
-    folder = tmp_path_factory.mktemp("two")
+def alone(folder: Path) -> None:
+    """What one process makes: of a recipe, and of the quick methods."""
     tiny.save(folder / "chat")
     tiny.write_jsonl(folder / "sums.jsonl", tiny.rows())
     train(jobs.recipe(str(folder), 4, "alone"), console=Console(quiet=True))
     jobs.alone(str(folder), ",".join(QUICK))
+
+
+def recipe_agrees(folder: Path, output: str) -> None:
+    """A recipe's adapter is that of one process, and it went on from a checkpoint where it was cut."""
+    moved = jobs.apart(folder / "alone", folder / "alone" / "checkpoints" / "checkpoint-2")
+    assert jobs.apart(folder / "alone", folder / output) < 1e-3 * moved
+    summary = json.loads((folder / output / "summary.json").read_text())
+    assert summary["training"]["processes"] == 2
+    assert bool(summary["training"]["resumed_from"]) == output.endswith("cut")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes made, and one: they are started once, as that takes longest."""
+    folder = tmp_path_factory.mktemp("two")
+    alone(folder)
     launch("+".join([*ENGINES, "recipe_ddp", "recipe_fsdp2"]), 2, folder, ",".join(QUICK), timeout=600)
     return folder
 
@@ -46,11 +60,7 @@ def test_two_processes_train_the_adapter_of_one(two: Path, engine: str) -> None:
 
 @pytest.mark.parametrize("output", ["ddp", "ddp-cut", "fsdp2", "fsdp2-cut"])
 def test_a_recipe_gives_the_adapter_of_one_process_also_after_a_cut(two: Path, output: str) -> None:
-    moved = jobs.apart(two / "alone", two / "alone" / "checkpoints" / "checkpoint-2")
-    assert jobs.apart(two / "alone", two / output) < 1e-3 * moved
-    summary = json.loads((two / output / "summary.json").read_text())
-    assert summary["training"]["processes"] == 2
-    assert bool(summary["training"]["resumed_from"]) == output.endswith("cut")
+    recipe_agrees(two, output)
 
 
 def test_what_two_processes_measure_is_what_one_does(two: Path) -> None:

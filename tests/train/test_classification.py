@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from graftlet.train.run import Result, train
 from graftlet.train.use import classify
 
 from . import tiny
-from .test_run import Crash, weights
+from .test_run import cut_and_resumed
 
 QUIET = Console(quiet=True)
 RECIPES = Path(__file__).parents[2] / "examples/recipes"
@@ -131,12 +132,7 @@ def test_the_loss_is_a_mean_over_texts_whatever_the_batches(base: Path, tmp_path
 
 def test_resuming_ends_where_the_whole_run_does(base: Path, tmp_path: Path) -> None:
     every = {"save_every": 2, "evaluate_every": 2, "max_steps": 7, "warmup": 0.3}
-    whole = run(base, tmp_path, training=every, output=str(tmp_path / "whole"))
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(base, tmp_path, Crash(5), training=every)
-    resumed = run(base, tmp_path, training=every, resume=True)
-    assert resumed.summary["training"]["resumed_from"].endswith("checkpoint-4")
-    assert weights(resumed) == weights(whole)
+    whole, resumed = cut_and_resumed(partial(run, base, tmp_path), tmp_path, 5, every)
     assert resumed.summary["measured"] == whole.summary["measured"]
 
 

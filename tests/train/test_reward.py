@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from graftlet.train.trainer import training_arguments
 from graftlet.train.use import scores
 
 from . import tiny
-from .test_run import Crash, weights
+from .test_run import cut_and_resumed
 
 QUIET = Console(quiet=True)
 RECIPES = Path(__file__).parents[2] / "examples/recipes"
@@ -98,13 +99,7 @@ def test_the_loss_is_the_papers(base: Path, tmp_path: Path, learnt: Result) -> N
 
 
 def test_resuming_ends_where_the_whole_run_does(base: Path, tmp_path: Path) -> None:
-    every = {"save_every": 2, "max_steps": 6}
-    whole = run(base, tmp_path, training=every, output=str(tmp_path / "whole"))
-    with pytest.raises(RuntimeError, match="power cut"):
-        run(base, tmp_path, Crash(3), training=every)
-    resumed = run(base, tmp_path, training=every, resume=True)
-    assert resumed.summary["training"]["resumed_from"].endswith("checkpoint-2")
-    assert weights(resumed) == weights(whole)
+    cut_and_resumed(partial(run, base, tmp_path), tmp_path, 3, {"save_every": 2, "max_steps": 6})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,19 @@ class Crash(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise RuntimeError("power cut")
+
+
+def cut_and_resumed(
+    go: Callable[..., Result], tmp_path: Path, step: int, every: dict[str, Any]
+) -> tuple[Result, Result]:
+    """A whole run, and one that was cut at a step and went on from the checkpoint before: the same bytes."""
+    whole = go(training=every, output=str(tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        go(Crash(step), training=every)
+    resumed = go(training=every, resume=True)
+    assert resumed.summary["training"]["resumed_from"].endswith(f"checkpoint-{step - 1}")
+    assert weights(resumed) == weights(whole)
+    return whole, resumed
 
 
 def test_a_run_writes_an_adapter_a_summary_and_a_report(base: Path, data: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ..weights.residual import Residual, residual
 from ..weights.rounding import judged, note
 from ..weights.site import Site
 from ..weights.whole import in_parts
+from .kernel import without_autocast
 from .method import Method, View, Weights
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def led_back(site: Site, kept: Tensor, steps: Sequence[Step], bias: Tensor | Non
 @contextmanager
 def exactly(device: torch.device) -> Iterator[None]:
     """Products in full single precision, whatever the caller has chosen for speed."""
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         if torch.get_float32_matmul_precision() == HIGHEST:
             yield
             return

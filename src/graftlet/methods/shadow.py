@@ -127,9 +127,8 @@ class Shadow(Block):
         if projection is not None:
             made[PROJECTION] = beside(model, projection)
         if config.task_type == TaskType.SEQ_CLS and (name := head_name(model)):
-            made[HEAD] = copying.deepcopy(bare(model.get_submodule(name))).requires_grad_(
-                True
-            )  # a frozen base has it frozen
+            head = copying.deepcopy(bare(model.get_submodule(name)))
+            made[HEAD] = head.requires_grad_(True)  # a frozen base has it frozen
         return made
 
     # what an adapter does

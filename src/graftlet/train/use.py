@@ -71,11 +71,11 @@ def _scores(opened: Opened, rows: list[list[int]]) -> Any:
     return scores_of(opened.model, rows, BATCH, opened.encoder.tokenizer.pad_token_id)
 
 
-def _of(adapter: str | os.PathLike[str], *tasks: str) -> dict[str, Any]:
-    """The summary of a run, which must have been of one of the tasks."""
+def _of(adapter: str | os.PathLike[str], task: str) -> dict[str, Any]:
+    """The summary of a run, which must have been of the task."""
     summary = summary_of(str(adapter))
-    task = summary.get("recipe", {}).get("task")
-    if task not in tasks:
-        found = f"a run of task {task!r}" if task else "no run of a recipe: there is no summary.json"
-        raise CallError(f"{adapter} is {found}; a run of task {' or '.join(map(repr, tasks))} is needed.")
+    own = summary.get("recipe", {}).get("task")
+    if own != task:
+        found = f"a run of task {own!r}" if own else "no run of a recipe: there is no summary.json"
+        raise CallError(f"{adapter} is {found}; a run of task {task!r} is needed.")
     return summary
