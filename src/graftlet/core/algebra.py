@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..weights.site import Site
     from .group import Group
     from .method import Stage, View, Weights
+    from .settled import Settled
 
 ROUNDS = 40
 
@@ -76,6 +77,10 @@ class Algebra:
 
     def grouped(self, views: Sequence[View], before: Stage) -> Group | None:
         """Several adapters as one computation on the stage before; None where they have to run one by one."""
+        return None
+
+    def settled(self, p: View, before: Stage) -> Settled | None:
+        """What the adapter does in inference on the stage before, of tensors at hand; None where there is more to it."""
         return None
 
     def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:

@@ -35,6 +35,7 @@ with another weight, for what maps a layer's input, and for rows with adapters o
 """
 
 SWITCH = "GRAFTLET_KERNELS"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -98,6 +99,15 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast sees to the dtypes of operations on a tensor."""
     kind = kind_of(x)
     return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def untouched(x: Any) -> bool:
+    """Whether an input is a plain tensor with data, and nobody else sees to how operations on it are done: autocast, a
+    transform of functions.
+    """
+    if type(x) is not Tensor or x.is_meta or x.dtype not in DTYPES or autocasts(x):
+        return False
+    return not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

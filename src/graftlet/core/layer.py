@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import CallError, MergeError, listing
 from ..weights.offloaded import present
-from ..weights.product import Product
 from ..weights.rounding import finite, note
 from ..weights.site import Site
 from ..weights.storage import MARKS, PLAIN
@@ -26,6 +25,7 @@ from .context import BASE, Call, current, using
 from .merging import Kept, exactly, write
 from .method import Delta, Method, Spec, Stage, View, Weights
 from .scales import Scales
+from .stages import Adapted, Base, Rows, widened
 from .tensors import Box, Boxes, Common, Leaf, Mirror, as_held, attribute, renamed, split
 from .together import Peers, Together
 
@@ -42,94 +42,6 @@ class Branch:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     rebased: Tensor | None = None
     """A new base weight `[out, in, *kernel]` that the initialisation asks for."""
-
-
-class Base:
-    """The first stage: the layer without adapters, or with those that are merged into its weight."""
-
-    def __init__(self, layer: AdaptedLayer, args: tuple = (), kwargs: dict | None = None, pure: bool = False) -> None:
-        self.layer, self.args, self.kwargs = layer, args, kwargs or {}
-        self.pure = pure and layer.merged
-        self.dtype: torch.dtype | None = None
-        self.output: Tensor | None = None
-        self._weights: Weights | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.pure:
-            W, b = self.layer.original()
-            y = self.layer.site.op(x, W, b, *self.args, **self.kwargs)
-        else:
-            y = self.layer.call_base(x, *self.args, **self.kwargs)
-        self.dtype = y.dtype
-        return y
-
-    def weight(self) -> Weights:
-        if self._weights is None:
-            self._weights = widened(*(self.layer.original() if self.pure else self.layer.site.read()))
-        return self._weights
-
-    @property
-    def pristine(self) -> bool:
-        return self.pure or not self.layer.merged
-
-    def bias(self) -> Tensor | None:
-        return self.layer.original()[1] if self.pure else self.layer.site.read_bias()
-
-    def origin(self) -> Weights:
-        return self.weight() if self.pristine else widened(*self.layer.original())
-
-    def product(self) -> Product | None:
-        return None if self.pure or self.args or self.kwargs else self.layer.site.product()
-
-
-class Rows(Base):
-    """The first stage for some rows of a batch: what the base layer gives for the input as it is, is computed once."""
-
-    def __init__(self, whole: Base, batch: Tensor, index: Tensor, rows: Tensor) -> None:
-        super().__init__(whole.layer, whole.args, whole.kwargs, pure=True)
-        self.whole, self.batch, self.index, self.rows = whole, batch, index, rows
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x is not self.rows or self.layer.site.opaque:
-            return super().__call__(x)
-        if self.whole.output is None:
-            self.whole.output = self.whole(self.batch)
-        self.dtype = self.whole.dtype
-        return self.whole.output.index_select(0, self.index)
-
-    def product(self) -> None:
-        return None  # the whole batch's is made once
-
-
-class Adapted:
-    """A stage made by one adapter from the stage before."""
-
-    def __init__(self, layer: AdaptedLayer, name: str, before: Stage) -> None:
-        self.layer, self.name, self.before = layer, name, before
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.layer.methods[self.name].forward(self.layer.view(self.name), x, self.before)
-
-    def weight(self) -> Weights:
-        dtype = self.before.weight()[0].dtype
-        return self.layer.methods[self.name].adapted(self.layer.view(self.name, dtype), self.before)
-
-    pristine = False
-
-    def bias(self) -> Tensor | None:
-        return self.weight()[1]
-
-    def origin(self) -> Weights:
-        return self.before.origin()
-
-    def product(self) -> None:
-        return None
-
-
-def widened(W: Tensor, b: Tensor | None) -> Weights:
-    """Weights in at least single precision, so that deltas add up before anything is rounded."""
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    return W.to(dtype), None if b is None else b.to(dtype)
 
 
 class AdaptedLayer(SharedOut, Together, Scales, Boxes):
@@ -202,7 +114,7 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
                 self.__dict__.setdefault(key, {})[name] = value
         self.methods[name], self.configs[name], self.keys[name] = branch.method, branch.config, branch.key
         self.specs[name], self.settings[name] = branch.specs, list(branch.settings)
-        self._last.clear()
+        self._unsettle()
         self._read(name)
         self._learning.add(name)
         self.note_scale(name, branch.settings)
@@ -223,7 +135,7 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
                 self.__dict__[setting][adapter] = source.__dict__[setting][adapter]
 
     def forget(self, name: str) -> None:
-        self._last.clear()
+        self._unsettle()
         for tensor_name in self.specs.pop(name):
             self._drop(split(tensor_name)[0], name)
         for key in self.settings.pop(name):
@@ -362,6 +274,8 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         return self._run(names, x, Base(self, args, kwargs, pure=pure))
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:
+        if len(names) == 1 and base.simple and (settled := self._alone(names[0], x, base)) is not None:
+            return settled
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
         if self.site.opaque:
             if not names and not base.pure:

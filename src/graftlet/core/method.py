@@ -22,6 +22,7 @@ from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from .algebra import Algebra, Thin, solved
 from .group import Group
 from .kernel import autocasts, fast, fast_map, fast_product
+from .settled import Settled
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -339,6 +340,12 @@ class Delta(Adding):
         if len(parts) < len(views) or len({f.A.dtype for f in parts}) > 1 or any(b is not None for b in biases):
             return None
         return Group.of(parts, first.dtype if first.casts else None)
+
+    def settled(self, p: View, before: Stage) -> Settled | None:
+        thin = self.thin(p)
+        if thin is None or thin.rate or before.product() is None:
+            return None
+        return Settled(thin.A.t(), thin.B.t(), thin.scale)
 
     def update(self, p: View, x: Tensor) -> Tensor:
         return p.site.op(x, self.delta(p), self.delta_bias(p))

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.algebra import Thin
-from ..core.kernel import autocasts, kind_of
+from ..core.kernel import DTYPES, autocasts, kind_of
 from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
 from .recipe import Recipe, recipe_of
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:

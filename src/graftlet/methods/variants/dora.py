@@ -17,6 +17,7 @@ from ...core.algebra import Thin
 from ...core.group import Group
 from ...core.kernel import kernels
 from ...core.method import Rewrite, Spec, Stage, View, Weights
+from ...core.settled import Settled
 from ...weights.product import Product
 from ...weights.site import Conv, Site
 from ..parts.gained import WhileSame, gained, row_norms
@@ -85,6 +86,13 @@ class DoRA(Wrapper, Rewrite):
         if group is None:
             return None
         return replace(group, gain=torch.stack([self._kept_gain(p, before, self._pair(p, before)) for p in views]))
+
+    def settled(self, p: View, before: Stage) -> Settled | None:
+        found, b = self.inner.settled(p, before), before.bias()
+        if found is None:
+            return None
+        gain = self._kept_gain(p, before, self._pair(p, before))
+        return replace(found, gain=gain, shift=None if b is None else b - b * gain)
 
     def _kept_gain(self, p: View, before: Stage, pair: Pair | None) -> Tensor:
         """The gain on the weight before; under `DoraCaching` as it was found, while no tensor has changed since."""

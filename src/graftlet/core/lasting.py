@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a layer makes of its tensors again and again, kept from call to call while they are the same."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .kernel import capturing
+
+T = TypeVar("T")
+
+Guard = tuple["dict[str, Any]", str, Any]
+"""A dictionary, a key, and what stood there."""
+
+
+class Held(Generic[T]):
+    """A thing, and what it was made from: for whom, where that stood, and which version the tensors among it had."""
+
+    def __init__(self, key: tuple[Any, ...], guards: list[Guard], made: T) -> None:
+        self.key, self.made = key, made
+        once = {(id(place), name): (place, name, value) for place, name, value in guards}.values()
+        self.places, self.names, self.values = map(list, zip(*once, strict=True))
+        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        self.marks = self._marks()
+
+    def good(self, key: tuple[Any, ...]) -> bool:
+        """Whether all of it is as it was. Asked by every layer in every call: no loop of it is Python's own."""
+        same = key == self.key and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+        return same and self._marks() == self.marks
+
+    def _marks(self) -> tuple[list[int], list[int]]:
+        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+
+
+_version = operator.attrgetter("_version")
+
+
+class LastMade(Generic[T]):
+    """What a layer made of its tensors last, for as long as all that it was made from is the same.
+
+    It is kept in inference alone. What it was made from is known by place and version, so it does not see what is written
+    through a tensor's `.data`. A copy of a layer starts without. One that a CUDA graph reads is kept until the layer's
+    adapters are others, as the graph itself keeps no memory that was there before it.
+    """
+
+    def __init__(self) -> None:
+        self._held: Held[T] | None = None
+        self._read: dict[int, T] = {}
+
+    def clear(self) -> None:
+        """Forget it."""
+        self._held, self._read = None, {}
+
+    def get(
+        self,
+        key: tuple[Any, ...],
+        device: torch.device,
+        guards: Callable[[], list[Guard] | None],
+        make: Callable[[], T],
+    ) -> T:
+        """What is at hand, or a new one; it is kept where guards can be set over what it is made from."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        if self._held is not None and self._held.good(key):
+            if capturing(device):
+                self._read[id(self._held.made)] = self._held.made
+            return self._held.made
+        self._held, made, over = None, make(), guards()
+        if over is not None and not any(isinstance(v, Tensor) and (v.is_inference() or v.is_meta) for _, _, v in over):
+            if device.type == "cuda" and not capturing(device):
+                torch.cuda.current_stream(device).synchronize()  # other threads may read it on streams of their own
+            self._held = Held(key, over, made)
+        return made
+
+    def __deepcopy__(self, memo: Any) -> LastMade[T]:
+        return LastMade()
+
+    def __reduce__(self) -> tuple[type[LastMade[T]], tuple[()]]:
+        return LastMade, ()
+
+
+def steps(place: Any, *path: str) -> list[Guard] | None:
+    """The way from a module to what it holds, a guard a step; None where it holds that in no dictionary of its own."""
+    found: list[Guard] = []
+    for name in path:
+        within = (d for d in (place._parameters, place._modules, place._buffers) if name in d)
+        if (where := next(within, None)) is None:
+            return None
+        found.append((where, name, where[name]))
+        place = where[name]
+    return found
