@@ -43,7 +43,7 @@ def layer_of(model: Any) -> AdaptedLayer:
 
 def kept(model: Any) -> Any:
     """What the layer keeps, after a call."""
-    held = layer_of(model)._settled._held
+    held = layer_of(model)._lone._held
     return None if held is None else held.made
 
 

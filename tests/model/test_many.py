@@ -439,9 +439,9 @@ def test_a_group_that_is_kept_is_never_stale(kind: str, change: Any, monkeypatch
 def test_only_the_last_group_is_kept(model: Any) -> None:
     mixed(model)
     layer = next(iter(layers(model.get_base_model()).values()))
-    held = weakref.ref(layer._group._held.made.A)
+    held = weakref.ref(layer._groups._held.made.A)
     logits(model, input_ids=IDS, adapter_names=["b", "c"])
     assert held() is None
-    held = weakref.ref(layer._group._held.made.A)
+    held = weakref.ref(layer._groups._held.made.A)
     model.delete_adapter("c")
     assert held() is None

@@ -73,6 +73,13 @@ class Call:
             self.known[count, device] = _served(rows, count, device)
         return self.known[count, device]
 
+    def served(self, held: Mapping[str, Any]) -> tuple[str, ...]:
+        """The adapters that serve rows, of those that are held, in the order of their first rows."""
+        if "served" not in self.known:
+            self.known["served"] = tuple(name for name in dict.fromkeys(self.rows or ()) if name != BASE)
+        every: tuple[str, ...] = self.known["served"]
+        return every if all(map(held.__contains__, every)) else tuple(filter(held.__contains__, every))
+
     def which(self, names: tuple[str, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of an input of `count` rows, those that one of these adapters serves, and the number of the adapter in `names`."""
         if (names, count, device) not in self.known:

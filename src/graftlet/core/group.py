@@ -27,7 +27,7 @@ class Group:
     B: Tensor
     dtype: torch.dtype | None = None
     gain: Tensor | None = None
-    narrowed: dict[torch.dtype, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False)
+    narrowed: dict[torch.dtype, tuple[Tensor, ...]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, parts: Sequence[Factors], dtype: torch.dtype | None) -> Group:
@@ -44,18 +44,19 @@ class Group:
 
     def added_to(self, y: Tensor, x: Tensor, owner: Tensor) -> Tensor:
         """The output y, which is written over, with what is added for each row by the adapter of its owner's number."""
-        A, B = self._narrow(x.dtype)
+        A, B, into, out_of = self._narrow(x.dtype)
         rows, out = x.reshape(len(x), -1, x.shape[-1]), y.view(len(y), -1, y.shape[-1])
         if fast_rows(out, rows, A, B, owner) is None:
             if len(A) < len(x):  # as many adapters as rows are in the rows' order
-                A, B = A.index_select(0, owner), B.index_select(0, owner)
-            out.baddbmm_(torch.bmm(rows, A.mT), B.mT)
+                into, out_of = into.index_select(0, owner), out_of.index_select(0, owner)
+            out.baddbmm_(torch.bmm(rows, into), out_of)
         return y
 
-    def _narrow(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in a dtype, made once."""
+    def _narrow(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """A and B in a dtype, made once, and both transposed."""
         if dtype not in self.narrowed:
-            self.narrowed[dtype] = self.A.to(dtype), self.B.to(dtype)
+            A, B = self.A.to(dtype), self.B.to(dtype)
+            self.narrowed[dtype] = A, B, A.mT, B.mT
         return self.narrowed[dtype]
 
     def added(self, x: Tensor, owner: Tensor, plain: Callable[[], Tensor]) -> Tensor:

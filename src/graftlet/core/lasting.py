@@ -19,22 +19,44 @@ Guard = tuple["dict[str, Any]", str, Any]
 
 
 class Held(Generic[T]):
-    """A thing, and what it was made from: for whom, where that stood, and which version the tensors among it had."""
+    """A thing, and what it was made from: for whom, where that stood, and which version the tensors among it had.
+
+    Asked by every layer in every call, so no loop of it is Python's own, and a dictionary is compared as one where most of
+    it counts. Not where it holds tensors, which are not compared by what they are.
+    """
 
     def __init__(self, key: tuple[Any, ...], guards: list[Guard], made: T) -> None:
         self.key, self.made = key, made
-        once = {(id(place), name): (place, name, value) for place, name, value in guards}.values()
-        self.places, self.names, self.values = map(list, zip(*once, strict=True))
-        self.tensors = [value for value in self.values if isinstance(value, Tensor)]
+        places: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for place, name, value in guards:
+            places.setdefault(id(place), (place, {}))[1][name] = value
+        whole = [(place, dict(place)) for place, own in places.values() if _compared(place, own)]
+        self.dictionaries, self.copies = [place for place, _ in whole], [copy for _, copy in whole]
+        single = [(p, *own) for p, names in places.values() if not _compared(p, names) for own in names.items()]
+        self.places, self.names, self.values = (
+            [p for p, _, _ in single],
+            [n for _, n, _ in single],
+            [v for *_, v in single],
+        )
+        self.tensors = [value for _, _, value in guards if isinstance(value, Tensor)]
         self.marks = self._marks()
 
     def good(self, key: tuple[Any, ...]) -> bool:
-        """Whether all of it is as it was. Asked by every layer in every call: no loop of it is Python's own."""
-        same = key == self.key and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
-        return same and self._marks() == self.marks
+        """Whether all of it is as it was."""
+        return (
+            key == self.key
+            and all(map(operator.eq, self.dictionaries, self.copies))
+            and all(map(operator.is_, map(dict.get, self.places, self.names), self.values))
+            and self._marks() == self.marks
+        )
 
     def _marks(self) -> tuple[list[int], list[int]]:
         return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+
+
+def _compared(place: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether a dictionary is compared as one for the sake of some of what it holds."""
+    return 2 * len(own) > len(place) and not any(isinstance(value, Tensor) for value in place.values())
 
 
 _version = operator.attrgetter("_version")

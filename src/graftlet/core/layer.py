@@ -301,7 +301,7 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
                 f"with an input of shape {tuple(x.shape)}, whose rows are not the batch's; this layer cannot be mixed."
             )
         whole, parts = Base(self, args, kwargs, pure=True), []
-        if count is not None and (y := self._together(call, groups, x, whole)) is not None:
+        if count is not None and (y := self._together(call, x, whole)) is not None:
             return y
         for name, index in groups:
             if len(groups) > 1 and name in self.methods and (why := self.methods[name].unmixable):

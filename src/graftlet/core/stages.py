@@ -65,7 +65,9 @@ class Rows(Base):
         super().__init__(whole.layer, whole.args, whole.kwargs, pure=True)
         self.whole, self.batch, self.index, self.rows = whole, batch, index, rows
 
-    simple = False
+    @property
+    def simple(self) -> bool:
+        return False
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is not self.rows or self.layer.site.opaque:

@@ -54,13 +54,13 @@ class Together(AdapterHost):
 
     def __init__(self) -> None:
         super().__init__()
-        self._group: LastMade[Group | None] = LastMade()
-        self._settled: LastMade[Settled | None] = LastMade()
+        self._groups: LastMade[Group | None] = LastMade()
+        self._lone: LastMade[Settled | None] = LastMade()
 
     def _unsettle(self) -> None:
         """Keep nothing of what was made of the tensors so far."""
-        self._group.clear()
-        self._settled.clear()
+        self._groups.clear()
+        self._lone.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._unsettle()  # it would hold the memory that the tensors leave
@@ -86,18 +86,15 @@ class Together(AdapterHost):
             return found.ready(x.dtype)
 
         key = (name, x.dtype, learns, self.training, self.cast_input_dtype_enabled)
-        settled = self._settled.get(key, x.device, lambda: self._over((name,)), make)
+        settled = self._lone.get(key, x.device, lambda: self._over((name,)), make)
         return None if settled is None else settled.on(before(x), x)
 
     # several in a batch
 
-    def _together(self, call: Call, groups: list[tuple[str, Tensor]], x: Tensor, whole: Stage) -> Tensor | None:
+    def _together(self, call: Call, x: Tensor, whole: Stage) -> Tensor | None:
         """A mixed batch whose adapters are computed all at once; None where their method cannot do that."""
-        names = tuple(name for name, _ in groups if name in self.methods)
-        kinds = {type(self.methods[name]) for name in names}
-        if len(names) < 2 or len(kinds) > 1 or self.site.opaque:
-            return None
-        group = self._grouped(names, x, whole) if x.is_floating_point() else None
+        names = call.served(self.methods)
+        group = self._grouped(names, x, whole) if len(names) > 1 and x.is_floating_point() else None
         if group is None:
             return None
         rows, owner = call.which(names, len(x), x.device)
@@ -117,10 +114,12 @@ class Together(AdapterHost):
         """Adapters as one computation, kept from call to call while nothing that they are made from has changed."""
 
         def make() -> Group | None:
+            if self.site.opaque or len({type(self.methods[name]) for name in names}) > 1:
+                return None
             return self.methods[names[0]].grouped([self.view(name) for name in names], whole)
 
         key = (names, self.training, self.cast_input_dtype_enabled)
-        return self._group.get(key, x.device, lambda: self._over(names), make)
+        return self._groups.get(key, x.device, lambda: self._over(names), make)
 
     # what it is made from
 
