@@ -47,6 +47,9 @@ CONFIGS: dict[str, Any] = {
     "blocks again, a new base": lambda: lora(
         r=2, target_modules=["k_proj"], layer_replication=RANGES, init_lora_weights="pissa"
     ),
+    "blocks again, a new base of some": lambda: lora(
+        r=2, target_modules=["k_proj"], layer_replication=RANGES, layers_to_transform=[1], init_lora_weights="pissa"
+    ),
     "blocks again, tokens": lambda: lora(r=2, layer_replication=RANGES, trainable_token_indices=[7, 1, 3]),
     "blocks again, norms": lambda: lora(r=2, layer_replication=RANGES, modules_to_save=["input_layernorm"]),
 }
@@ -206,6 +209,13 @@ TIED: dict[str, dict[str, Any]] = {
     "both": {"target_modules": ["wte", "lm_head"]},
     "both alike": {"target_modules": ["wte", "lm_head"], "ensure_weight_tying": True},
     "a copy": {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
+    "a new base": {"target_modules": ["wte"], "init_lora_weights": "pissa"},
+    "new bases": {"target_modules": ["wte", "lm_head"], "init_lora_weights": "pissa"},
+    "new bases alike": {
+        "target_modules": ["wte", "lm_head"],
+        "init_lora_weights": "pissa",
+        "ensure_weight_tying": True,
+    },
     "tokens": {"target_modules": ["c_attn"], "trainable_token_indices": [7, 1, 3]},
     "tokens of both": {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [7, 1], "lm_head": [2]}},
     "copies alike": {"target_modules": ["c_attn"], "modules_to_save": ["lm_head", "wte"], "ensure_weight_tying": True},
@@ -332,7 +342,14 @@ def reshaped(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def parted(folder: Path) -> None:
+    """A head of its own in the files of a model whose settings say that it has none."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
 BUILT = {
+    parted: "model.embed_tokens.weight and lm_head.weight are one tensor, but differ in the files",
     without: "holds no safetensors files",
     packed: "is quantised, and its files hold packed numbers",
     renamed: "the base's files lack model.layers.0.self_attn.q_proj.weight",

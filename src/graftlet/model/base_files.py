@@ -50,6 +50,7 @@ class BaseFiles:
         self.names = named(skeleton, state, self.places)
         self.lacking = [key for key in state if key not in self.names]
         self._check_shapes(state)
+        self._check_ties(skeleton)
         self._buffers: dict[int, Callable[[], Tensor]] = {}
         self._hold(skeleton, state)
 
@@ -69,11 +70,13 @@ class BaseFiles:
             module._parameters.update({n: unread[id(p)] for n, p in module._parameters.items() if p is not None})
 
     def _found(self, key: str, dtype: torch.dtype) -> Tensor:
+        return self._tensor(self.names[key]).to(dtype)
+
+    def _tensor(self, name: str) -> Tensor:
         from safetensors import safe_open
 
-        name = self.names[key]
         with safe_open(self.places[name], "pt", device=self.device) as file:
-            return file.get_tensor(name).to(dtype)
+            return file.get_tensor(name)
 
     def _check_shapes(self, state: Mapping[str, Tensor]) -> None:
         from safetensors import safe_open
@@ -88,6 +91,14 @@ class BaseFiles:
                     if wrong := [k for k in keys.get(name, ()) if tuple(state[k].shape) != shape]:
                         what = f"{name} in {path.name} is {shape}, and {wrong[0]} of the model {tuple(state[wrong[0]].shape)}"
                         raise UnsupportedOptionError(what)
+
+    def _check_ties(self, skeleton: Any) -> None:
+        """Raise where the files hold two tensors that the model has as one: it depends on transformers what becomes of them."""
+        for keys in keys_of(tied(skeleton)):
+            stored = [key for key in keys if key in self.places]
+            held = [self._tensor(key) for key in stored] if len(stored) > 1 else []
+            if any(not tensor.equal(held[0]) for tensor in held):
+                raise UnsupportedOptionError(f"{' and '.join(stored)} are one tensor, but differ in the files")
 
 
 def named(skeleton: Any, state: Iterable[str], stored: Mapping[str, Path]) -> dict[str, str]:

@@ -24,9 +24,9 @@ from ..core.merging import exactly
 from ..core.replication import replicate, tied_after
 from ..core.state import Slot
 from ..core.tensors import Common, as_held, attribute
+from ..core.ties import tied
 from ..errors import AdapterFileError, MergeError, UnsupportedOptionError
 from ..registry import lookup
-from ..weights.unread import found
 from . import embeddings, save
 from .base_files import BaseFiles, keys_of
 from .peft_model import PeftModel
@@ -55,6 +55,7 @@ class Merged:
         self.tensors = save.load_peft_weights(adapter, device)
         state.check_finite(self.tensors, adapter)
         self.brought: dict[str, Tensor] = {}  # the base's own that stand in the adapter's file: embeddings, biases
+        self.movers: dict[str, AdaptedLayer] = {}  # of tensors that layers share: whose start has the last word on them
         self.paths: dict[AdapterHost, str] = {}
         self.owners = self._owners()
         self._check_whole()
@@ -86,6 +87,7 @@ class Merged:
             raise AdapterFileError(f"{self.adapter} does not fit the base: {'; '.join(complaints)}.")
         brought = {id(s.tensor): given[k] for k, s in {**wanted, **whole}.items() if s.host is None}
         self.brought = {key: brought[id(t)] for key, t in self.state.items() if id(t) in brought}
+        self.movers = self._movers(model)
         self._share(model, {k: slot for k, slot in wanted.items() if isinstance(slot.host, Common)}, given)
         owners: dict[str, AdapterHost] = {}
         for host in self.paths:
@@ -104,6 +106,16 @@ class Merged:
             tuner.pending[0].share_on(self.device)
             state.fill(wanted, given, NAME)
             relink(tuner.model, NAME)
+
+    def _movers(self, model: PeftModel) -> dict[str, AdaptedLayer]:
+        """The last layer whose start may take something out of a weight that layers share, by each key of that."""
+        groups, movers = {key: keys for keys in keys_of(tied(self.skeleton)) for key in keys}, dict[str, AdaptedLayer]()
+        items = model.tuner.pending[0].items if model.tuner is not None and model.tuner.pending is not None else ()
+        for layer in [i.host for i in items if isinstance(i.host, AdaptedLayer)]:
+            if layer.methods[NAME].derived(layer.configs[NAME]):
+                keys = groups.get(self._key(layer.site.module, layer.site.name), [])
+                movers.update(dict.fromkeys(keys, layer))
+        return movers
 
     def _homes(self) -> dict[AdapterHost, str]:
         """Where the tensors of each layer stand in the file: once, where layers share them."""
@@ -165,44 +177,62 @@ class Merged:
 
     def read(self, key: str) -> Tensor:
         """One tensor of the base, as the model has it in memory once the adapter is loaded."""
+        if key in self.movers and (moved := self._moved(self.movers[key])) is not None:
+            return moved.to(self.dtypes[key])
         if key in self.brought:
             return self.brought[key].to(self.dtypes[key], copy=True)
         return self.base.read(self.state[key])
 
+    def _moved(self, layer: AdaptedLayer) -> Tensor | None:
+        """The weight that a layer's start leaves in the base, as it is kept; None where that is the base's own."""
+        with self._with_weights(layer):
+            rebased = self._started(layer)[1]
+            return None if rebased is None else layer.site.kept(rebased)
+
+    @contextmanager
+    def _with_weights(self, layer: AdaptedLayer) -> Iterator[dict[str, str]]:
+        """Let a layer have the base's weights for a while. Gives their keys in the model, by name."""
+        held = layer.site.module._parameters
+        keys = {name: self._key(layer.site.module, name) for name in _names(layer)}
+        before = {name: held[name] for name in keys}
+        try:
+            held.update({n: nn.Parameter(self.base.read(self.state[key]), False) for n, key in keys.items()})
+            yield keys
+        finally:
+            held.update(before)
+
     @contextmanager
     def _filled(self, layer: AdaptedLayer, adapter: bool = True) -> Iterator[None]:
         """Let a layer have its tensors, and its adapter's, for a while: in the order of a load in memory."""
-        site, module = layer.site, layer.site.module._parameters
-        empty = {n: p for n, p in module.items() if p is not None and n in (site.name, site.bias)}
         before = {n: layer.tensor(NAME, n) for n in layer.specs[NAME]} if adapter else {}
-        try:
-            module.update({n: nn.Parameter(found(p), False) for n, p in empty.items()})
-            rebased = self._started(layer) if adapter else None
-            own = {n: key for n in empty if (key := self._key(site.module, n)) in self.brought}
-            module.update({n: nn.Parameter(self.read(key), False) for n, key in own.items()})
-            if rebased is not None:
-                site.write(rebased, None)
-            if adapter:
-                self._fill(layer)
-            yield
-        finally:
-            module.update(empty)
-            for name, tensor in before.items():
-                layer.put(NAME, name, tensor, layer.specs[NAME][name])
+        with self._with_weights(layer) as keys:
+            try:
+                made, rebased = self._started(layer) if adapter else ({}, None)
+                for name, key in keys.items():
+                    if key in self.brought or key in self.movers:
+                        layer.site.module._parameters[name] = nn.Parameter(self.read(key), False)
+                if rebased is not None and keys[layer.site.name] not in self.movers:
+                    layer.site.write(rebased, None)
+                if adapter:
+                    self._fill(layer, made)
+                yield
+            finally:
+                for name, tensor in before.items():
+                    layer.put(NAME, name, tensor, layer.specs[NAME][name])
 
-    def _started(self, layer: AdaptedLayer) -> Tensor | None:
-        """Let a layer have what its method makes of the weight, where the file has not all; returns a new base weight."""
+    def _started(self, layer: AdaptedLayer) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What a layer's method makes of the weight, where the file has not all: its tensors, and a new base weight."""
         method = layer.methods[NAME]
         if not method.derived(layer.configs[NAME]):
-            return None
-        for name, spec in layer.specs[NAME].items():
-            empty = torch.empty_like(layer.tensor(NAME, name), device=self.device, requires_grad=False)
-            layer.put(NAME, name, as_held(empty, spec), spec)
-        own = {attribute(n): layer.tensor(NAME, n).detach() for n in layer.specs[NAME]}
-        return method.init(layer.view(NAME).over(own))
+            return {}, None
+        held = {name: layer.tensor(NAME, name) for name in layer.specs[NAME]}
+        made = {n: torch.empty_like(t, device=self.device, requires_grad=False) for n, t in held.items()}
+        return made, method.init(layer.view(NAME).over({attribute(n): t for n, t in made.items()}))
 
-    def _fill(self, layer: AdaptedLayer) -> None:
-        """Let a layer have what the adapter's file has for it, and then what follows from that."""
+    def _fill(self, layer: AdaptedLayer, made: dict[str, Tensor]) -> None:
+        """Let a layer have what its method made, what the adapter's file has for it, and what follows from that."""
+        for name, tensor in made.items():
+            layer.put(NAME, name, as_held(tensor, layer.specs[NAME][name]), layer.specs[NAME][name])
         method, path = layer.methods[NAME], self.homes[layer]
         given = {k[len(path) + 1 :]: t for k, t in self.tensors.items() if k.startswith(f"{path}.")}
         for key, tensor in layer.unpack(NAME, given).items():
