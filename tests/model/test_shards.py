@@ -17,11 +17,12 @@ from transformers import LlamaForSequenceClassification
 import graftlet
 from graftlet.config import PeftConfig
 from graftlet.errors import AdapterFileError, GraftletError, MergeError, UnsupportedOptionError
-from graftlet.model.base_files import fetched, skeleton_of
+from graftlet.model.base_files import BaseFiles, fetched, skeleton_of
 from graftlet.model.shards import Merge
 from graftlet.registry import Entry, entries
 from graftlet.testing.benches import Bench, perturb
 from graftlet.testing.case import Case
+from graftlet.weights.site import site_of
 from tests.laws.cases import settings_of
 
 from .models import gpt2, llama, load, logits, lora, move, save, silent
@@ -364,6 +365,26 @@ def test_a_base_that_has_to_be_built_says_why(change: Any, tmp_path: Path) -> No
     change(folder / "base")
     with pytest.raises(UnsupportedOptionError, match=BUILT[change]):
         merging(folder, "1KB")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    folder = prepared(tmp_path, llama(), lora(r=2))
+    gone = sorted((folder / "base").glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(UnsupportedOptionError, match=f"lacks {gone.name}"):
+        merging(folder, "1KB")
+
+
+def test_a_weight_in_a_file_is_read_and_never_written(tmp_path: Path) -> None:
+    (model := llama()).save_pretrained(tmp_path)
+    skeleton = skeleton_of(tmp_path, torch.float32)
+    BaseFiles(tmp_path, skeleton, "cpu")
+    site = site_of(skeleton.model.layers[1].mlp.down_proj)
+    assert site is not None
+    assert site.device.type == "meta"
+    assert site.read()[0].equal(model.model.layers[1].mlp.down_proj.weight)
+    with pytest.raises(MergeError, match="it stands in a file"):
+        site.write(torch.zeros(site.shape), None)
 
 
 def test_a_module_in_several_places_has_to_be_built(tmp_path: Path) -> None:

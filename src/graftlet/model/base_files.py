@@ -124,7 +124,10 @@ def located(folder: Path) -> dict[str, Path]:
 
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+        found = {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+        if gone := sorted({path.name for path in found.values() if not path.is_file()}):
+            raise UnsupportedOptionError(f"{folder} lacks {gone[0]}")
+        return found
     if not single.is_file():
         raise UnsupportedOptionError(f"{folder} holds no safetensors files")
     with safe_open(single, "pt") as file:
