@@ -2,7 +2,7 @@
 """Many adapters in one model: adding, switching, merging, combining, and batches that mix them. Graftlet and the reference
 in one process on the CPU, alternating; medians and ratios.
 
-    python benchmarks/many_adapters.py [--out benchmarks/results] [--note "machine shared"]
+    python benchmarks/many_adapters.py [--only wide ...] [--out benchmarks/results] [--note "machine shared"]
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import platform
 import statistics
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftlet
@@ -37,7 +39,7 @@ def base(hidden: int, layers: int, dtype: torch.dtype = torch.float32) -> LlamaF
     return LlamaForCausalLM(LlamaConfig(vocab_size=128, num_attention_heads=4, **sizes)).to(dtype).eval()
 
 
-def adapted(library: Any, model: LlamaForCausalLM, names: list[str], r: int = 8) -> Any:
+def adapted(library: Any, model: nn.Module, names: list[str], r: int = 8) -> Any:
     """A model with adapters that do something."""
     made = library.get_peft_model(copy.deepcopy(model), config(library, r), names[0])
     for name in names[1:]:
@@ -163,6 +165,48 @@ def combining() -> list[dict[str, Any]]:
     return rows
 
 
+def wide() -> list[dict[str, Any]]:
+    """At the size of Llama-8B's attention. The reference takes a minute a layer or more, and so runs once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict((name, nn.Linear(4096, 4096, bias=False)) for name in ("q_proj", "o_proj")))
+    made = {k: adapted(lib, model, ["a", "b", "c"], r=64) for k, lib in KINDS.items()}
+
+    def combine(key: str) -> float:
+        return milliseconds(lambda: made[key].add_weighted_adapter(["a", "b", "c"], [0.5, 0.3, 0.2], "s", "svd"))
+
+    ours = []
+    for _ in range(6):  # the first warms up
+        ours.append(combine("graftlet"))
+        made["graftlet"].delete_adapter("s")
+    combine("graftlet")
+    took = {"graftlet": round(statistics.median(ours[1:]), 3), "reference": round(combine("reference"), 3)}
+    row = {"what": "add_weighted_adapter 'svd', 2 layers of 4,096, 3 adapters of rank 64", **took}
+    row["ratio"] = round(took["graftlet"] / took["reference"], 6)
+    row["apart"] = max(apart(made["graftlet"], made["reference"], name) for name in ("q_proj", "o_proj"))
+    assert row["apart"] < 1e-4, row
+    print(row, flush=True)
+    return [row]
+
+
+@torch.no_grad()
+def apart(one: Any, other: Any, name: str) -> float:
+    """How far two libraries' combined changes of a layer are apart, as a share of them."""
+    changes = []
+    for model in (one, other):
+        layer = model.base_model.model.get_submodule(name)
+        changes.append(layer.lora_B["s"].weight @ layer.lora_A["s"].weight * layer.scaling["s"])
+    return float((changes[0] - changes[1]).norm() / changes[1].norm())
+
+
+PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "switching": lambda: switching(base(64, 16)),
+    "mixing": lambda: mixing(base(64, 16)),
+    "merging": lambda: merging(torch.float32) + merging(torch.bfloat16),
+    "combining": combining,
+    "wide": wide,
+}
+
+
 def page(result: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [
@@ -190,15 +234,12 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     parser.add_argument("--note", default="")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     wanted = parser.parse_args()
     warnings.simplefilter("ignore")
     threads = int(os.environ.get("OMP_NUM_THREADS", "2"))
     torch.set_num_threads(threads)
-    small = base(64, 16)
-    rows = [*switching(small), *mixing(small)]
-    for dtype in (torch.float32, torch.bfloat16):
-        rows += merging(dtype)
-    rows += combining()
+    rows = [row for part in wanted.only for row in PARTS[part]()]
     result = {
         "date": datetime.date.today().isoformat(),
         "graftlet": graftlet.__version__,

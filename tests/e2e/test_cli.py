@@ -115,6 +115,7 @@ def test_merge(graftlet, trained: Path, tmp_path: Path) -> None:
     status, out, _ = graftlet("merge", trained, tmp_path / "merged")
     assert status == 0
     assert "float32" in out
+    assert "model.safetensors: 1 of 1" in out  # and the whole model was not built
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(trained)).eval()
     ids = torch.arange(12)[None]

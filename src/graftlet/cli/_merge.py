@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from ..errors import CallError, UnsupportedOptionError
-from ..model.shards import Merge, skeleton_of
+from ..model.base_files import fetched, skeleton_of
+from ..model.shards import Merge
 from ..train.adapter import Placed, open_adapter, place_adapter
 from ..train.base import pick_device, pick_dtype
 from ..train.callbacks import clock
@@ -44,10 +45,8 @@ def merge(adapter: str, out: Path, *, base: str | None, dtype: str | None, devic
 def _sharded(placed: Placed, adapter: str, out: Path, dtype: torch.dtype) -> Merge:
     folder = Path(placed.folder)
     if not folder.is_dir():
-        raise UnsupportedOptionError(f"{placed.folder} is no folder here")
-    if placed.head:
-        raise UnsupportedOptionError("its head is new, and not in the base's files")
-    skeleton = skeleton_of(folder, dtype)
+        folder = fetched(placed.folder, placed.table.revision)
+    skeleton = skeleton_of(folder, dtype, str(placed.config.task_type or "CAUSAL_LM"), placed.head)
     skeleton.config.use_cache = True
     out.parent.mkdir(parents=True, exist_ok=True)
     return Merge(folder, adapter, out, skeleton, device=str(pick_device(placed.table.device)))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import limits
 from ..errors import ConfigError, listing
+from .ties import Group, tied
 
 Ranges = Sequence[Sequence[int]]
 
@@ -93,6 +94,12 @@ def separate(model: nn.Module) -> None:
 def stack_path(model: nn.Module) -> str | None:
     """The path of the replicated stack of a model; None where there is none."""
     return next((name for name, module in model.named_modules() if "replicated" in vars(module)), None)
+
+
+def tied_after(model: nn.Module) -> list[Group]:
+    """The groups of places that share a parameter also when every block has weights of its own (`separate`)."""
+    stack = stack_path(model)
+    return [g for g in tied(model) if stack is None or not g.places[0][0].startswith(f"{stack}.")]
 
 
 def _own(tensor: Any, seen: set[int]) -> Any:

@@ -339,8 +339,7 @@ class BaseTuner(nn.Module):
         """
         if dequantize:
             return self._merge_dense(progressbar, safe_merge, adapter_names)
-        stack = replication.stack_path(self.model)
-        groups = [g for g in ties.tied(self.model) if stack is None or not g.places[0][0].startswith(f"{stack}.")]
+        groups = replication.tied_after(self.model)
         lifecycle.merge(self.model, safe_merge, adapter_names, _progress if progressbar else iter)
         replication.separate(self.model)
         model = self.unload()

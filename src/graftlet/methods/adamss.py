@@ -66,7 +66,8 @@ class AdamssConfig(Targets, Layers, Saves, PeftConfig):
 @method("adamss", AdamssConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class AdaMSS(LowRank):
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
-        """The groups decide the tensors' shapes, so W is decomposed here; `init` uses what was found, and forgets it."""
+        """The groups decide the tensors' shapes, so W is decomposed here; `init` uses what was found, and forgets it:
+        once more, it finds it again."""
         assert isinstance(config, AdamssConfig)
         if site.stack:
             raise UnsupportedLayerError(f"AdaMSS cannot adapt {key!r}: experts would have groups of different sizes.")
@@ -88,7 +89,8 @@ class AdaMSS(LowRank):
         return True
 
     def init(self, p: View) -> None:
-        U, VT, groups = p.found
+        assert isinstance(p.config, AdamssConfig)
+        U, VT, groups = p.found or decomposed(p.site, p.config)
         p.found.clear()
         p.adamss_newB.copy_(VT)
         p.place.copy_(torch.cat(groups).argsort())

@@ -129,7 +129,7 @@ class FRoD(Delta):
             if new := not V.any():
                 V.copy_(joint([weight(p) for p in views], views[0].regularization_alpha))
             for p in views:
-                if not p.frod_start.any():
+                if not p.frod_start.is_meta and not p.frod_start.any():
                     start(p, V)
                 if new and p.init_weights and not p.frod_lambda_l.is_meta:
                     p.frod_lambda_l.copy_(p.frod_start)

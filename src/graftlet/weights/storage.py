@@ -262,6 +262,7 @@ BACKENDS: dict[str, str] = {
     "transformers.integrations.finegrained_fp8.FP8Experts": f"{_EXPERTS}:FP8",
     "transformers.integrations.fbgemm_fp8.FbgemmFp8Llama4TextExperts": f"{_EXPERTS}:FBGEMM",
     "compressed_tensors.quantization.quant_scheme.QuantizationScheme": "graftlet.weights.compressed:COMPRESSED",
+    "graftlet.weights.unread.Unread": "graftlet.weights.unread:UNREAD",
 }  # fmt: skip
 """Qualified class name (of the module, or of its weight tensor) -> 'module:attribute' of the Storage to import.
 
