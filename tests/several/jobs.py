@@ -329,8 +329,9 @@ def unmerged(model: Any, kept: Callable[[Any], torch.Tensor]) -> None:
     """A merge into packed numbers in parts is refused, and nothing changes. kept: a parameter's part."""
     parameters = dict(getattr(model, "module", model).named_parameters())
     before = {name: kept(p).clone() for name, p in parameters.items()}
+    root: Any = root_of(model)
     with pytest.raises(graftlet.errors.MergeError, match="in parts, one a process"):
-        root_of(model).merge_adapter()
+        root.merge_adapter()
     assert all(kept(p).equal(before[name]) for name, p in parameters.items())
 
 

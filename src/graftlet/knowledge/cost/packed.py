@@ -115,7 +115,7 @@ def pack(model: nn.Module, kept: Format, compute: torch.dtype, skip: list[str]) 
                 setattr(parent, name, PackedLinear(child, kept, compute))
 
 
-def _heads(model: nn.Module) -> list[nn.Module | None]:
+def _heads(model: nn.Module) -> list[Any]:
     """What transformers leaves as it is of itself: the output embeddings, and the module of the last weight."""
     ask = getattr(model, "get_output_embeddings", None)
     owner, _, name = [name for name, _ in model.named_parameters()][-1].rpartition(".")
