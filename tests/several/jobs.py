@@ -214,6 +214,16 @@ def fsdp2_merged(folder: str, names: str) -> None:
     """A merge into a base in parts has the outputs of the adapter beside it, and is undone to the bit."""
     for name in ("lora", "dora", "vera", "oft"):
         merged(shard(adapted(name)), lambda p: p.to_local())
+    for model, said in unmergeable():
+        unmerged(shard(model), lambda p: p.to_local(), said)
+
+
+def unmergeable() -> Iterator[tuple[Any, str]]:
+    """What cannot be merged where it is in parts, and what is said of it."""
+    yield adapted("saved"), "modules_to_save that an engine keeps in parts"
+    with pytest.warns(graftlet.errors.TieWarning):
+        tied = adapted("embedding", tie_word_embeddings=True)
+    yield tied, "that layers share"
 
 
 def fsdp2_experts(folder: str, names: str) -> None:
@@ -322,15 +332,15 @@ def qlora(folder: str, names: str) -> None:
         weight = several.get_base_model().model.layers[0].self_attn.k_proj.weight
         assert weight.to_local().numel() * dist.get_world_size() == weight.numel()
         equal(fit(several), fit_whole(one))
-        unmerged(several, lambda p: p.to_local())
+        unmerged(several, lambda p: p.to_local(), "its packed numbers are in parts")
 
 
-def unmerged(model: Any, kept: Callable[[Any], torch.Tensor]) -> None:
-    """A merge into packed numbers in parts is refused, and nothing changes. kept: a parameter's part."""
+def unmerged(model: Any, kept: Callable[[Any], torch.Tensor], said: str) -> None:
+    """A merge into a model in parts is refused, and nothing changes. kept: a parameter's part."""
     parameters = dict(getattr(model, "module", model).named_parameters())
     before = {name: kept(p).clone() for name, p in parameters.items()}
     root: Any = root_of(model)
-    with pytest.raises(graftlet.errors.MergeError, match="in parts, one a process"):
+    with pytest.raises(graftlet.errors.MergeError, match=said):
         root.merge_adapter()
     assert all(kept(p).equal(before[name]) for name, p in parameters.items())
 

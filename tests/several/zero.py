@@ -133,6 +133,8 @@ def zero3_merged(folder: str, names: str) -> None:
     """A merge into a base in parts has the outputs of the adapter beside it, and is undone to the bit."""
     for name in ("lora", "dora", "vera", "oft"):
         jobs.merged(prepared(jobs.adapted(name), 3)[1], lambda p: p.ds_tensor)
+    for model, said in jobs.unmergeable():
+        jobs.unmerged(prepared(model, 3)[1], lambda p: p.ds_tensor, said)
 
 
 def zero3_checkpointed(folder: str, names: str) -> None:
@@ -150,7 +152,7 @@ def zero3_qlora(folder: str, names: str) -> None:
         several, one = (jobs.in_four_bits(name, folder) for _ in range(2))
         engine = fit(several, 3)
         jobs.equal(engine, jobs.fit_whole(one))
-        jobs.unmerged(engine, lambda p: p.ds_tensor)
+        jobs.unmerged(engine, lambda p: p.ds_tensor, "its packed numbers are in parts")
 
 
 def zero3_experts(folder: str, names: str) -> None:
