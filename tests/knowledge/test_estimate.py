@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPT2Config, LlamaConfig
 
 import graftlet
-from graftlet.errors import ConfigError, NoMatchingPeftModuleError, StartWarning
+from graftlet.errors import ConfigError, NoMatchingPeftModuleError, StartWarning, UnsupportedLayerError
 from graftlet.knowledge.cost.devices import Device, find_device, table
 from graftlet.knowledge.cost.estimating import PARTS, Estimate
 from graftlet.registry import Entry, entries, lookup
@@ -197,6 +197,17 @@ def test_levers_say_what_the_step_then_takes() -> None:
     assert config.r == 8
     shorter = graftlet.estimate(TINY, config, batch=4, sequence=128, device="H100")
     assert levers["sequence"].peak == shorter.peak
+
+
+def test_a_head_that_learns_is_left_whole_in_few_bits() -> None:
+    config = graftlet.LoraConfig(r=8, target_modules=["q_proj", "query"], task_type="SEQ_CLS")
+    found = graftlet.estimate(TINY, config, batch=4, sequence=64, device="H100")
+    assert "4 bits" in {lever.name for lever in found.levers}
+    bias = BertConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"})  # which transformers quantises
+    found = graftlet.estimate(bias, config, batch=4, sequence=64, device="H100")
+    assert "4 bits" not in {lever.name for lever in found.levers}
+    with pytest.raises(UnsupportedLayerError, match="llm_int8_skip_modules"):
+        graftlet.estimate(bias, config, batch=4, sequence=64, device="H100", quantisation="nf4")
 
 
 def test_what_does_not_fit_is_made_to_fit() -> None:

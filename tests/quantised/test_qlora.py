@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 import graftlet
-from graftlet.errors import RoundingWarning
+from graftlet.errors import RoundingWarning, UnsupportedLayerError
 from graftlet.train.recipe import check
 from graftlet.train.run import train
 
@@ -60,6 +60,14 @@ def learn(model: Any, steps: int = 3) -> list[float]:
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits.float()
+
+
+def test_a_copy_of_packed_numbers_is_refused(base: Path) -> None:
+    model = load(base, "nf4")
+    before = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UnsupportedLayerError, match="a Linear4bit's numbers are packed"):
+        graftlet.get_peft_model(model, graftlet.LoraConfig(target_modules=["q_proj"], modules_to_save=["v_proj"]))
+    assert [name for name, _ in model.named_parameters()] == before
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from rich.console import Console
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 
 import graftlet
 from graftlet.files import read_tensors
@@ -29,7 +29,7 @@ from graftlet.integrations import sent, shard
 from graftlet.model.parts import root_of
 from graftlet.train.recipe import Recipe, check
 from graftlet.train.run import train
-from graftlet.weights.whole import put, whole
+from graftlet.weights.whole import in_parts, put, whole
 
 from ..train import tiny
 
@@ -77,6 +77,27 @@ def adapted(name: str, **changes: Any) -> Any:
     return made
 
 
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def mixture() -> Any:
+    """A base with stacks of experts."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 12, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "attn_implementation": "eager",
+    }  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**sizes))
+
+
+def experts() -> Any:
+    """Adapters on stacks of experts, moved a little."""
+    config = graftlet.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=STACKS)
+    made = graftlet.get_peft_model(mixture(), config)
+    moved(made)
+    return made
+
+
 @torch.no_grad()
 def moved(model: nn.Module) -> None:
     """Let what learns be something else than at its start, the same in all processes."""
@@ -117,6 +138,23 @@ def fit(model: Any, steps: range = range(STEPS), optimizer: torch.optim.Optimize
     for number in steps:
         step(model, optimizer, number)
     return model
+
+
+def fit_whole(model: Any) -> Any:
+    """Train on all rows of each batch in this process."""
+    optimizer = optimizer_of(model)
+    for number in range(STEPS):
+        model(input_ids=batch(number), labels=batch(number)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def equal(several: Any, one: Any) -> None:
+    """The adapter that all processes trained is that which this one trained on all rows."""
+    ours, theirs = map(graftlet.get_peft_model_state_dict, (several, one))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-6
 
 
 def apart(one: Path, other: Path) -> float:
@@ -176,6 +214,21 @@ def fsdp2_merged(folder: str, names: str) -> None:
     """A merge into a base in parts has the outputs of the adapter beside it, and is undone to the bit."""
     for name in ("lora", "dora", "vera", "oft"):
         merged(shard(adapted(name)), lambda p: p.to_local())
+    for model, said in unmergeable():
+        unmerged(shard(model), lambda p: p.to_local(), said)
+
+
+def unmergeable() -> Iterator[tuple[Any, str]]:
+    """What cannot be merged where it is in parts, and what is said of it."""
+    yield adapted("saved"), "modules_to_save that an engine keeps in parts"
+    with pytest.warns(graftlet.errors.TieWarning):
+        tied = adapted("embedding", tie_word_embeddings=True)
+    yield tied, "that layers share"
+
+
+def fsdp2_experts(folder: str, names: str) -> None:
+    equal(fit(shard(experts())), fit_whole(experts()))
+    merged(shard(experts()), lambda p: p.to_local())
 
 
 def merged(model: Any, kept: Callable[[Any], torch.Tensor]) -> None:
@@ -231,47 +284,65 @@ def tp(folder: str, names: str) -> None:
         base()  # as many random numbers drawn as for one process
         if dist.get_rank():
             torch.manual_seed(7)  # an adapter starts as the first process's
-        model = parallel(name, str(Path(folder, "base")))
-        optimizer = optimizer_of(model)
-        for number in range(STEPS):
-            model(input_ids=batch(number), labels=batch(number)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        model = fit_whole(parallel(name, str(Path(folder, "base"))))
         model.save_pretrained(Path(folder, f"{name}-tp"), is_main_process=dist.get_rank() == 0)
+
+
+def tp_merged(folder: str, names: str) -> None:
+    """A merge into layers that are shared out is one process's; it is undone to the bit, and can be kept, and saved."""
+    for name in names.split(","):
+        base()  # as many random numbers drawn as for one process
+        model, one = parallel(name, str(Path(folder, "base"))), adapted(name)
+        merged(model, lambda p: p.to_local() if in_parts(p) else p.detach())
+        ids = batch(9)
+        with torch.no_grad():
+            theirs = one.merge_and_unload()(input_ids=ids).logits
+            kept = model.merge_and_unload()
+            assert torch.allclose(kept(input_ids=ids).logits, theirs, atol=1e-5), name
+        kept.save_pretrained(Path(folder, f"{name}-merged"), is_main_process=dist.get_rank() == 0)
+        dist.barrier()
+        with torch.no_grad():
+            again = LlamaForCausalLM.from_pretrained(Path(folder, f"{name}-merged"), attn_implementation="eager")
+            assert torch.allclose(again(input_ids=ids).logits, theirs, atol=1e-5), name
 
 
 UNSHARED = {"saved": graftlet.errors.UnsupportedLayerError, "prefix": graftlet.errors.ConfigError}
 """A head that is shared out cannot be copied; each process has keys and values of its own heads alone."""
 
 
-def qlora(folder: str, names: str) -> None:
-    """A base in 4 bits, its packed numbers in parts, beside one that is whole and sees all rows."""
+def in_four_bits(name: str, folder: str) -> Any:
+    """An adapter on a base in 4 bits, whole."""
     from transformers import BitsAndBytesConfig
 
     packed = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_quant_storage=torch.float32,
     )  # fmt: skip
-    folder = str(Path(folder, "base"))
+    model = LlamaForCausalLM.from_pretrained(Path(folder, "base"), quantization_config=packed)
+    torch.manual_seed(0)
+    made = graftlet.get_peft_model(model, METHODS[name]())
+    moved(made)
+    return made
 
-    def load() -> Any:
-        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=packed, device_map={"": "cpu"})
-        torch.manual_seed(0)
-        made = graftlet.get_peft_model(model, METHODS["lora"]())
-        moved(made)
-        return made
 
-    one, several = load(), shard(load())
-    weight = several.get_base_model().model.layers[0].self_attn.k_proj.weight
-    assert weight.to_local().numel() * dist.get_world_size() == weight.numel()
-    fit(several)
-    optimizer = optimizer_of(one)
-    for number in range(STEPS):
-        one(input_ids=batch(number), labels=batch(number)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    ours, theirs = map(graftlet.get_peft_model_state_dict, (several, one))
-    assert max(float((ours[k] - theirs[k]).abs().max()) for k in theirs) < 1e-6
+def qlora(folder: str, names: str) -> None:
+    """A base in 4 bits, its packed numbers in parts, beside one that is whole and sees all rows."""
+    for name in ("lora", "dora"):
+        one, several = in_four_bits(name, folder), shard(in_four_bits(name, folder))
+        weight = several.get_base_model().model.layers[0].self_attn.k_proj.weight
+        assert weight.to_local().numel() * dist.get_world_size() == weight.numel()
+        equal(fit(several), fit_whole(one))
+        unmerged(several, lambda p: p.to_local(), "its packed numbers are in parts")
+
+
+def unmerged(model: Any, kept: Callable[[Any], torch.Tensor], said: str) -> None:
+    """A merge into a model in parts is refused, and nothing changes. kept: a parameter's part."""
+    parameters = dict(getattr(model, "module", model).named_parameters())
+    before = {name: kept(p).clone() for name, p in parameters.items()}
+    root: Any = root_of(model)
+    with pytest.raises(graftlet.errors.MergeError, match=said):
+        root.merge_adapter()
+    assert all(kept(p).equal(before[name]) for name, p in parameters.items())
 
 
 def policies(folder: str, names: str) -> None:
@@ -372,6 +443,8 @@ FSDP = {
 JOBS: dict[str, Callable[..., None]] = {
     "qlora": qlora,
     "fsdp2_merged": fsdp2_merged,
+    "fsdp2_experts": fsdp2_experts,
+    "tp_merged": tp_merged,
     "policies": policies,
     "loaded": loaded,
     "tp": tp, "fsdp2": fsdp2, "ddp": ddp, "recipe_ddp": recipe_ddp, "recipe_fsdp2": recipe_fsdp2,

@@ -87,9 +87,15 @@ def test_every_kind_of_method_on_every_engine(tmp_path: Path, processes: int) ->
 
 
 @pytest.mark.slow
-def test_half_precision_main_memory_merges_and_four_bits_under_fsdp2(tmp_path: Path) -> None:
+def test_half_precision_main_memory_merges_four_bits_and_experts_under_fsdp2(tmp_path: Path) -> None:
     jobs.alone(str(tmp_path), "lora")
-    launch("policies+fsdp2_merged+qlora", 2, tmp_path, "lora", timeout=900)
+    launch("policies+fsdp2_merged+qlora+fsdp2_experts", 2, tmp_path, "lora", timeout=900)
+
+
+@pytest.mark.slow
+def test_a_merge_under_tensor_parallelism_is_that_of_one_process(tmp_path: Path) -> None:
+    jobs.base().save_pretrained(tmp_path / "base")
+    launch("tp_merged", 2, tmp_path, "lora,dora,embedding,tokens,oft,ia3,vera", timeout=900)
 
 
 @pytest.mark.slow

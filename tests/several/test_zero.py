@@ -33,13 +33,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
     alone(folder)
     recipes = [f"recipe_{engine}" for engine in ENGINES]
-    started(
-        "+".join([*ENGINES, "refreshed", "zero3_loaded", "zero3_alike", "zero3_merged", *recipes]), 2, folder, QUICK
-    )
+    others = [job.__name__ for job in zero.ZERO3]
+    started("+".join([*ENGINES, "refreshed", *others, *recipes]), 2, folder, QUICK)
     return folder
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "started"])
+@pytest.mark.parametrize("engine", [*ENGINES, "started", "checkpointed"])
 def test_two_processes_train_the_adapter_of_one(two: Path, engine: str) -> None:
     agree(two, QUICK, engine)
 

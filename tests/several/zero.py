@@ -16,11 +16,14 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 import graftlet
+from graftlet.weights.whole import shape_of
 
+from ..model.test_experts import mixtral
+from ..model.test_fused import OLD, write
 from . import jobs
 
 STAGES = (1, 2, 3)
@@ -88,10 +91,10 @@ def zero(stage: int, folder: str, names: str) -> None:
         assert torch.allclose(again(input_ids=ids).logits, engine(input_ids=ids).logits, atol=1e-6), name
 
 
-def partitioned(folder: str) -> Any:
+def partitioned(folder: str, kind: Any = LlamaForCausalLM) -> Any:
     """A base of which each process has but its part, from the start."""
     partitioned.config = HfDeepSpeedConfig(config(3))  # type: ignore[attr-defined]  # held: transformers looks for it
-    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    model = kind.from_pretrained(folder, attn_implementation="eager")
     assert all(parameter.numel() == 0 for parameter in model.parameters())
     return model
 
@@ -130,6 +133,58 @@ def zero3_merged(folder: str, names: str) -> None:
     """A merge into a base in parts has the outputs of the adapter beside it, and is undone to the bit."""
     for name in ("lora", "dora", "vera", "oft"):
         jobs.merged(prepared(jobs.adapted(name), 3)[1], lambda p: p.ds_tensor)
+    for model, said in jobs.unmergeable():
+        jobs.unmerged(prepared(model, 3)[1], lambda p: p.ds_tensor, said)
+
+
+def zero3_checkpointed(folder: str, names: str) -> None:
+    """What is computed again in the backward pass is put together again."""
+    for name in names.split(","):
+        model = jobs.adapted(name)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assert model.training
+        fit(model, 3).module.save_pretrained(Path(folder, f"{name}-checkpointed"))
+
+
+def zero3_qlora(folder: str, names: str) -> None:
+    """A base in 4 bits, its packed numbers in parts, beside one that is whole and sees all rows."""
+    for name in ("lora", "dora"):
+        several, one = (jobs.in_four_bits(name, folder) for _ in range(2))
+        engine = fit(several, 3)
+        jobs.equal(engine, jobs.fit_whole(one))
+        jobs.unmerged(engine, lambda p: p.ds_tensor, "its packed numbers are in parts")
+
+
+def zero3_experts(folder: str, names: str) -> None:
+    """Adapters on stacks of experts are those that one process trains."""
+    jobs.equal(fit(jobs.experts(), 3), jobs.fit_whole(jobs.experts()))
+    jobs.merged(prepared(jobs.experts(), 3)[1], lambda p: p.ds_tensor)
+
+
+def zero3_stacks(folder: str, names: str) -> None:
+    """What goes by the shapes of stacks of experts knows them in parts: KappaTune, and files with a pair an expert."""
+    saved, old = Path(folder, "mixture"), Path(folder, f"old-{dist.get_rank()}")
+    whole = jobs.mixture()
+    if dist.get_rank() == 0:
+        whole.save_pretrained(saved)
+    dist.barrier()
+    parts = partitioned(str(saved), MixtralForCausalLM)
+    found = [graftlet.find_kappa_target_modules(m, 0.5, show_progress=False) for m in (parts, whole)]
+    assert found[0] == found[1]
+    assert found[0]["target_parameters"]
+    old.mkdir()
+    OLD[jobs.mixture] = OLD[mixtral]
+    write(old, jobs.mixture, ["w1", "w2", "w3"])
+    with torch.no_grad():
+        theirs = graftlet.PeftModel.from_pretrained(whole, old)(input_ids=jobs.batch(9)).logits
+        engine = prepared(graftlet.PeftModel.from_pretrained(parts, old, is_trainable=True), 3)[1]
+        assert torch.allclose(engine(input_ids=jobs.batch(9)).logits, theirs, atol=1e-5)
+    shapes = []
+    for model in (partitioned(str(saved), MixtralForCausalLM), jobs.mixture()):
+        graftlet.inject_adapter_in_model(graftlet.LoraConfig(target_modules=["gate", "w1", "w2"], r=2), model)
+        shapes.append({name: shape_of(p) for name, p in model.named_parameters() if "lora_" in name})
+    assert shapes[0] == shapes[1]
+    assert any("gate." in name for name in shapes[0])
 
 
 def refreshed(folder: str, names: str) -> None:
@@ -160,12 +215,17 @@ def recipe_zero(stage: int, folder: str, names: str) -> None:
     jobs.cut_and_resumed(folder, f"zero{stage}")
 
 
+ZERO3: tuple[Callable[[str, str], None], ...] = (
+    zero3_loaded, zero3_alike, zero3_merged, zero3_checkpointed, zero3_qlora, zero3_experts, zero3_stacks,
+)  # fmt: skip
+
+
 def main(job: str, *arguments: str) -> None:
     """As of `jobs`, with those jobs that need DeepSpeed."""
     jobs.METHODS.update(BIASES)
     for stage in STAGES:
         jobs.JOBS[f"zero{stage}"] = partial(zero, stage)
         jobs.JOBS[f"recipe_zero{stage}"] = partial(recipe_zero, stage)
-    jobs.JOBS.update(refreshed=refreshed, zero3_loaded=zero3_loaded, zero3_alike=zero3_alike, zero3_merged=zero3_merged)
+    jobs.JOBS.update({job.__name__: job for job in ZERO3}, refreshed=refreshed)
     warnings.filterwarnings("ignore", category=FutureWarning)
     jobs.main(job, *arguments)

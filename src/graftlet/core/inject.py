@@ -304,8 +304,14 @@ def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:
 def _copied(module: nn.Module, meta: bool, tensors: dict[int, Tensor]) -> nn.Module:
     """A trainable copy of a module; `tensors` are the copies made so far, which tied modules share.
 
-    Raises `UnsupportedLayerError` where an engine keeps the module in parts, and has changed how it is called.
+    Raises `UnsupportedLayerError` where an engine keeps the module in parts, and has changed how it is called; and where
+    its numbers are packed.
     """
+    if not all(p.is_floating_point() or p.is_complex() for p in module.parameters()):
+        raise UnsupportedLayerError(
+            f"a {type(module).__name__}'s numbers are packed and cannot learn, so it cannot be copied to be trained whole; "
+            "leave it out of what is quantised (transformers: llm_int8_skip_modules), or out of modules_to_save."
+        )
     if any(map(shared_out, module.parameters())):
         raise UnsupportedLayerError(
             f"a {type(module).__name__} that is kept in parts, one a process, cannot be copied to be trained whole; put "

@@ -120,6 +120,7 @@ def write(layer: AdaptedLayer, merged: Weights, names: Sequence[str]) -> Kept:
     Where anything fails, the layer has the weight that it had.
     """
     site = layer.site
+    site.check_writable()
     if not site.storage.exact or in_parts(site.weight):
         return _write_packed(layer, merged)
     with restored_on_error(site) as before:

@@ -24,6 +24,7 @@ from ..core.target import by_pattern, matches
 from ..errors import AdapterFileError, listing
 from ..methods.lora import LoraConfig
 from ..weights.site import site_of
+from ..weights.whole import shape_of
 
 ROOT = "base_model.model."
 PLAIN = {"MergeModulelist", "Concatenate"}
@@ -94,7 +95,7 @@ def _is_weight(model: nn.Module, path: str) -> bool:
     """Whether a module is no layer of a known kind, and has a matrix for a weight."""
     module = bare(model.get_submodule(path))
     weight = module._parameters.get("weight")
-    return site_of(module) is None and weight is not None and weight.dim() > 1
+    return site_of(module) is None and weight is not None and len(shape_of(weight)) > 1
 
 
 def _target(config: LoraConfig, key: str, rank: int, share: float) -> None:
@@ -189,7 +190,8 @@ def _stacks(
 
 def _fused(path: str, weight: Any, names: list[str], given: Mapping[str, dict[int, Pair]]) -> list[Pair]:
     """A pair for each expert of a stack, from those of its blocks; all of one rank."""
-    experts, rows = weight.shape[0], weight.shape[1] // len(names)
+    shape = shape_of(weight)
+    experts, rows = shape[0], shape[1] // len(names)
     missing = {n: sorted(set(range(experts)) - set(pairs)) for n, pairs in given.items()}
     if any(missing.values()):
         raise AdapterFileError(f"{path} is a stack of {experts} experts; the file lacks some: {missing}.")
@@ -199,10 +201,8 @@ def _fused(path: str, weight: Any, names: list[str], given: Mapping[str, dict[in
         scaling = next(iter(pairs.values())).scaling
         blocks = [pairs[n].B * (pairs[n].scaling / scaling) if n in pairs else torch.zeros(rows, 0) for n in names]
         made.append(Pair(torch.cat([p.A for p in pairs.values()]), torch.block_diag(*blocks), scaling))
-    if len({(p.A.shape, p.B.shape) for p in made}) > 1 or made[0].B.shape[0] != weight.shape[1]:
-        raise AdapterFileError(
-            f"the experts' pairs for {path} {tuple(weight.shape)} differ in shape, or do not fit it."
-        )
+    if len({(p.A.shape, p.B.shape) for p in made}) > 1 or made[0].B.shape[0] != shape[1]:
+        raise AdapterFileError(f"the experts' pairs for {path} {tuple(shape)} differ in shape, or do not fit it.")
     return made
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.target import walk
 from ..errors import ConfigError
 from ..weights.site import Linear, site_of
+from ..weights.whole import shape_of, whole
 
 STACKS = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 """What stacks of experts are called."""
@@ -68,9 +69,9 @@ class KappaTuneSelector:
 
     def _stacks(self) -> Iterator[tuple[str, Any]]:
         for name, parameter in self.model.named_parameters():
-            stacked = parameter.dim() == 3 and name.endswith(self.moe_param_suffixes)
-            if stacked and max(parameter.shape[1:]) <= self.max_dim_size_to_analyze:
-                yield name, lambda parameter=parameter: parameter
+            stacked = len(shape := shape_of(parameter)) == 3 and name.endswith(self.moe_param_suffixes)
+            if stacked and max(shape[1:]) <= self.max_dim_size_to_analyze:
+                yield name, lambda parameter=parameter: whole(parameter)
 
     @torch.no_grad()
     def _measured(self, weights: Iterable[tuple[str, Any]], what: str) -> dict[str, float]:

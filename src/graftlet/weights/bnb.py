@@ -14,6 +14,7 @@ from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
 from .storage import Packed, Storage, rounded
+from .whole import whole
 
 
 class FourBit(Packed):
@@ -35,7 +36,7 @@ class FourBit(Packed):
         return self.tensor(module, name).dtype if state is None else _dtype(state)
 
     def read(self, module: nn.Module, name: str) -> Tensor:
-        return _dequantised(self.tensor(module, name).detach(), _state(module, name))
+        return _dequantised(whole(self.tensor(module, name)).detach(), _state(module, name))
 
     def write(self, module: nn.Module, name: str, value: Tensor) -> None:
         kept, state = self.tensor(module, name), _state(module, name)

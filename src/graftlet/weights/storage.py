@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import DependencyError
 from ..requirements import REQUIREMENTS
-from .whole import in_use, own_part, put, put_part, shape_of, whole_of
+from .whole import in_parts, in_use, own_part, put, put_part, shape_of, whole_of
 
 WIDE = 2
 """Bytes that a number has at least in a dtype that anything is computed in."""
@@ -123,6 +123,11 @@ class Packed(Storage):
     """
 
     exact = False
+
+    def unwritable(self, module: nn.Module, name: str) -> str | None:
+        if in_parts(self.tensor(module, name)):
+            return "its packed numbers are in parts, one a process; load the adapter into a base that is whole, and merge there"
+        return super().unwritable(module, name)
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         raise NotImplementedError

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from tiny import files, learning, losses, sentences, shake, tensors
 
 
@@ -81,18 +80,22 @@ def training(folder: Path) -> dict:
 
 
 def of_a_peft_model(folder: Path) -> dict:
-    """A PeftModel put in by hand in the place of the transformer."""
+    """A PeftModel put in by hand in the place of the transformer; merged, saved and loaded."""
     from peft import LoraConfig, get_peft_model
+    from sentence_transformers import SentenceTransformer
 
     model = _model()
+    seen = {"base": model.encode(TEXTS, convert_to_tensor=True)}
     config = LoraConfig(task_type="FEATURE_EXTRACTION", r=4, target_modules=["query"])
-    inner = get_peft_model(model[0].auto_model, config)
-    shake(inner)
-    model[0].auto_model = inner
-    with torch.no_grad():
-        seen = {"adapted": model.encode(TEXTS, convert_to_tensor=True), "class": type(inner).__name__}
-    model[0].auto_model = inner.merge_and_unload()
+    model[0].model = get_peft_model(model.transformers_model, config)
+    shake(model)
+    seen |= {"class": type(model.transformers_model).__name__, "learns": learning(model)}
+    seen["adapted"] = model.encode(TEXTS, convert_to_tensor=True)
+    model[0].model = model.transformers_model.merge_and_unload()
+    seen |= {"class merged": type(model.transformers_model).__name__}
     seen["merged"] = model.encode(TEXTS, convert_to_tensor=True)
+    model.save_pretrained(str(folder))
+    seen["loaded"] = SentenceTransformer(str(folder), device="cpu").encode(TEXTS, convert_to_tensor=True)
     return seen
 
 

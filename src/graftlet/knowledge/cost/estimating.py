@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...config import PeftConfig
-from ...errors import ConfigError
+from ...errors import PeftError
 from .devices import SCRATCH, Device, find_device
 from .levers import Change, changes_of
 from .roofline import Time, roofline
@@ -106,7 +106,7 @@ class Estimate:
     def _tried(self, change: Change) -> Lever | None:
         try:
             other = estimated(self.setup.but(**change.changes))
-        except ConfigError:
+        except PeftError:
             return None  # this model cannot do it
         return Lever(
             change.name, change.said, change.costs, other.peak, self.peak - other.peak, other.time.likely, other.fits
@@ -246,7 +246,7 @@ def _pulled(setup: Setup) -> Iterator[tuple[Change, Estimate]]:
     while (change := next((c for c in changes_of(setup) if _useful(c, done)), None)) is not None:
         try:
             other = estimated(setup.but(**change.changes))
-        except ConfigError:
+        except PeftError:
             done.add(change.name)
             continue
         if change.name not in REPEATED:

@@ -107,10 +107,16 @@ BACKENDS[qualified(PackedLinear)] = f"{__name__}:STORAGE"
 
 
 def pack(model: nn.Module, kept: Format, compute: torch.dtype, skip: list[str]) -> None:
-    """Keep a model's linear layers in few bits, but for its head and what `skip` names."""
-    ask = getattr(model, "get_output_embeddings", None)
-    head = ask() if callable(ask) else None
+    """Keep a model's linear layers in few bits, but for what `skip` names, or else its head."""
+    heads = [] if skip else _heads(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and (name not in skip if skip else child is not head):
+            if type(child) is nn.Linear and name not in skip and child not in heads:
                 setattr(parent, name, PackedLinear(child, kept, compute))
+
+
+def _heads(model: nn.Module) -> list[Any]:
+    """What transformers leaves as it is of itself: the output embeddings, and the module of the last weight."""
+    ask = getattr(model, "get_output_embeddings", None)
+    owner, _, name = [name for name, _ in model.named_parameters()][-1].rpartition(".")
+    return [ask() if callable(ask) else None, model.get_submodule(owner) if name == "weight" else None]

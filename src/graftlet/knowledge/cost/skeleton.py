@@ -55,6 +55,8 @@ def _base(setup: Setup) -> Any:
             f"estimate: transformers makes no {kind} of a {type(setup.config).__name__}: {said}"
         ) from error
     base.config.use_cache = False
+    if getattr(base.config, "pad_token_id", None) is None:
+        base.config.pad_token_id = 0  # a tokenizer's, without which a classifier takes no batch
     if setup.adapter is not None:
         base.requires_grad_(False)
     if setup.quantisation is not None:
