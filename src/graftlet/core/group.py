@@ -45,9 +45,10 @@ class Group:
     def added_to(self, y: Tensor, x: Tensor, owner: Tensor) -> Tensor:
         """The output y, which is written over, with what is added for each row by the adapter of its owner's number."""
         A, B, into, out_of = self._narrow(x.dtype)
-        rows, out = x.reshape(len(x), -1, x.shape[-1]), y.view(len(y), -1, y.shape[-1])
+        count = x.shape[0]
+        rows, out = x.reshape(count, -1, x.shape[-1]), y.view(count, -1, y.shape[-1])
         if fast_rows(out, rows, A, B, owner) is None:
-            if len(A) < len(x):  # as many adapters as rows are in the rows' order
+            if A.shape[0] < count:  # as many adapters as rows are in the rows' order
                 into, out_of = into.index_select(0, owner), out_of.index_select(0, owner)
             out.baddbmm_(torch.bmm(rows, into), out_of)
         return y

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..weights.product import watched
 from .context import Call
@@ -97,8 +97,9 @@ class Together(AdapterHost):
         group = self._grouped(names, x, whole) if len(names) > 1 and x.is_floating_point() else None
         if group is None:
             return None
-        rows, owner = call.which(names, len(x), x.device)
-        every, y = len(rows) == len(x), whole(x)
+        count = x.shape[0]  # tensors' `len` is slow
+        rows, owner = call.which(names, count, x.device)
+        every, y = rows.shape[0] == count, whole(x)
         if every and group.lean(x, y):
             return group.added_to(y, x, owner)
 
@@ -139,8 +140,9 @@ class Together(AdapterHost):
                 yield [(held, name, held[name])]
             else:
                 yield steps(self._modules[key], name)
-                own = self._modules[key][name].__dict__  # type: ignore[index]
-                yield [(own, "training", own["training"])]
+                own = self._modules[key][name]  # type: ignore[index]
+                if type(own) is not nn.Identity:  # dropout that has been turned off
+                    yield [(own.__dict__, "training", own.training)]
         for _, box, entry, _ in self._reads[name]:
             yield steps(self, box, name, *([] if entry is None else entry.split(".", 1)))
         for common in self.commons.get(name, {}).values():
