@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import limits
 from .errors import AdapterFileError, AdapterNameError, listing
+from .staged import Staged
 from .tensorfile import SIZES, Entry, Header, header_in
 
 if TYPE_CHECKING:
@@ -201,17 +202,39 @@ class TensorFile:
 
     def read(self, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The tensors. Raises `AdapterFileError` where the file has become shorter."""
-        entries = self.header.entries
+        import torch
+
+        entries, place = self.header.entries, torch.device(device)
         if sum(e.end - e.start for e in entries.values()) < SEVERAL or not hasattr(os, "preadv"):
-            return {key: self._read(entry).to(device) for key, entry in entries.items()}
+            return {key: self._read(entry).to(place) for key, entry in entries.items()}
         with ThreadPoolExecutor(READERS) as pool:  # copying out of the system's memory is what takes the time
-            return {key: t.to(device) for key, t in zip(entries, pool.map(self._read, entries.values()), strict=True)}
+            if place.type != "cuda":
+                found = pool.map(self._read, entries.values())
+                return {key: t.to(place) for key, t in zip(entries, found, strict=True)}
+            pages = Staged(place)
+            found = list(pool.map(lambda entry: self._read_onto(entry, pages), entries.values()))
+        torch.cuda.default_stream(place).synchronize()
+        return dict(zip(entries, found, strict=True))
 
     def _read(self, entry: Entry) -> Tensor:
         import torch
 
-        made, at, left = torch.empty(entry.shape, dtype=kind(entry.dtype)), entry.start, entry.end - entry.start
-        content = memoryview((ctypes.c_ubyte * left).from_address(made.data_ptr())) if left else memoryview(b"")
+        made, size = torch.empty(entry.shape, dtype=kind(entry.dtype)), entry.end - entry.start
+        if size:
+            self._fill(memoryview((ctypes.c_ubyte * size).from_address(made.data_ptr())), entry.start)
+        return made
+
+    def _read_onto(self, entry: Entry, pages: Staged) -> Tensor:
+        import torch
+
+        made = torch.empty(entry.shape, dtype=kind(entry.dtype), device=pages.device)
+        if entry.end > entry.start:
+            pages.fill(made, lambda content, at: self._fill(content, entry.start + at))
+        return made
+
+    def _fill(self, content: memoryview, at: int) -> None:
+        """Fill memory from a place among the file's tensors."""
+        left = len(content)
         while left:
             count = self._read_into(content[len(content) - left :], self.header.offset + at)
             if not count:
@@ -219,7 +242,6 @@ class TensorFile:
                     f"{self.path} became shorter while it was read; it is being written, or damaged."
                 )
             at, left = at + count, left - count
-        return made
 
     def _read_into(self, content: memoryview, place: int) -> int:
         if hasattr(os, "preadv"):

@@ -28,7 +28,7 @@ class Base:
     @property
     def simple(self) -> bool:
         """Whether it is a call of the layer with an input alone, which no adapter is merged into and no process shares."""
-        return not (self.args or self.kwargs or self.layer.merged or self.layer.apart)
+        return len(self.args) == len(self.kwargs) == 0 and not self.layer.merged and self.layer.apart is None
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.pure:

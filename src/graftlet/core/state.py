@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..errors import AdapterFileError, listing
-from ..weights.rounding import finite
+from ..weights.rounding import finite_each
 from ..weights.site import Parameter
 from ..weights.whole import shape_of
 from .host import AdapterHost, Shell, commons, hosts
@@ -177,7 +177,8 @@ def check_finite(tensors: Mapping[str, Tensor], origin: str) -> None:
 
 def unfinite(tensors: Mapping[str, Tensor]) -> list[str]:
     """A sentence on the tensors that hold NaN or Inf, if any do."""
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not finite(_widened(t))]
+    floating = {key: _widened(t) for key, t in tensors.items() if t.is_floating_point()}
+    bad = [key for key, good in zip(floating, finite_each(floating.values()), strict=True) if not good]
     return [f"NaN or Inf in {len(bad)} tensors: {listing(bad, 4)}"] if bad else []
 
 

@@ -24,6 +24,12 @@ def root_of(model: nn.Module) -> nn.Module:
     return model
 
 
+def near(model: nn.Module) -> str | None:
+    """The GPU that a model is on, to which an adapter's file is then read directly; None where it is on none."""
+    first = next(model.parameters(), None)
+    return str(first.device) if first is not None and first.is_cuda else None
+
+
 ENGINES = ("DataParallel", "DistributedDataParallel", "DeepSpeedEngine")
 """Classes of data-parallel engines, which keep the model that they wrap as `module`."""
 

@@ -35,7 +35,7 @@ from ..weights.whole import in_parts, is_writer
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload
-from .parts import as_rows, carry_context
+from .parts import as_rows, carry_context, near
 from .plain import as_plain
 
 
@@ -371,7 +371,7 @@ class PeftModel(ManyAdapters, nn.Module):
         Raises:
             AdapterFileError: a file is missing, damaged, or does not fit; the model is as it was.
         """
-        kwargs["device"] = kwargs.pop("torch_device", None)
+        kwargs["device"] = kwargs.pop("torch_device", None) or near(model)
         chosen, stored = save.opened(
             model_id, config, checks := save.Checks.of(kwargs), key_mapping=key_mapping, **kwargs
         )
@@ -412,7 +412,7 @@ class PeftModel(ManyAdapters, nn.Module):
         """
         lenient = not (limits.STRICT_LOADS if strict is None else strict)
         check_name(adapter_name, [] if lenient else list(self.peft_config))
-        kwargs |= {"device": torch_device, "key_mapping": key_mapping}
+        kwargs |= {"device": torch_device or near(self), "key_mapping": key_mapping}
         config, stored = save.opened(model_id, None, checks := save.Checks.of(kwargs), **kwargs)
         if adapter_name in self.peft_config:
             save.check_same_config(self.peft_config[adapter_name], config, adapter_name, str(model_id))

@@ -22,7 +22,7 @@ from ..core.method import Method, View
 from ..core.tensors import as_held, attribute
 from ..core.traffic import Traffic
 from ..errors import AdapterFileError, CallError, ConfigError, MergeError, RecompileWarning, warn
-from ..model.parts import configs_of, root_of
+from ..model.parts import configs_of, near, root_of
 from ..model.save import Checks, opened
 from ..registry import lookup
 
@@ -37,13 +37,14 @@ def hotswap_adapter(
     """Put a saved adapter into the place of the adapter `adapter_name`, which keeps its name.
 
     Args:
-        torch_device: where the file's tensors are read to first; the CPU unless given. kwargs: as in `from_pretrained`.
+        torch_device: where the file's tensors are read to first; unless given, the model's GPU, or the CPU.
+        kwargs: as in `from_pretrained`.
 
     Raises:
         AdapterFileError: the file is missing, damaged, not finite, or of another structure. ConfigError: of another method,
             or with other options. MergeError: the adapter is merged. The model is as it was.
     """
-    config, stored = opened(model_name_or_path, None, Checks.of(kwargs), device=torch_device, **kwargs)
+    config, stored = opened(model_name_or_path, None, Checks.of(kwargs), device=torch_device or near(model), **kwargs)
     tensors = stored.read()
     with _traffic(model).change():
         swap(model, tensors, adapter_name, config, str(model_name_or_path))

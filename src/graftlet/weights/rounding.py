@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,4 +69,10 @@ def noted(module: nn.Module) -> Iterator[Rounding]:
 
 def finite(tensor: Tensor) -> bool:
     """Whether all numbers are; in one pass, and without a mask of them."""
-    return all(bool(end.isfinite()) for end in tensor.aminmax()) if tensor.numel() else True
+    return finite_each([tensor])[0]
+
+
+def finite_each(tensors: Iterable[Tensor]) -> list[bool]:
+    """Whether all numbers of each are. A device is waited for when all has been asked of it."""
+    ends = [torch.stack(t.aminmax()).isfinite().all() if t.numel() else None for t in tensors]
+    return [end is None or bool(end) for end in ends]
