@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import limits
 from .errors import AdapterFileError, AdapterNameError, listing
-from .staged import Staged
+from .staged import READERS, read_onto
 from .tensorfile import SIZES, Entry, Header, header_in
 
 if TYPE_CHECKING:
@@ -207,14 +207,11 @@ class TensorFile:
         entries, place = self.header.entries, torch.device(device)
         if sum(e.end - e.start for e in entries.values()) < SEVERAL or not hasattr(os, "preadv"):
             return {key: self._read(entry).to(place) for key, entry in entries.items()}
+        if place.type == "cuda":
+            return self._read_onto(place)
         with ThreadPoolExecutor(READERS) as pool:  # copying out of the system's memory is what takes the time
-            if place.type != "cuda":
-                found = pool.map(self._read, entries.values())
-                return {key: t.to(place) for key, t in zip(entries, found, strict=True)}
-            pages = Staged(place)
-            found = list(pool.map(lambda entry: self._read_onto(entry, pages), entries.values()))
-        torch.cuda.default_stream(place).synchronize()
-        return dict(zip(entries, found, strict=True))
+            found = pool.map(self._read, entries.values())
+            return {key: t.to(place) for key, t in zip(entries, found, strict=True)}
 
     def _read(self, entry: Entry) -> Tensor:
         import torch
@@ -224,13 +221,16 @@ class TensorFile:
             self._fill(memoryview((ctypes.c_ubyte * size).from_address(made.data_ptr())), entry.start)
         return made
 
-    def _read_onto(self, entry: Entry, pages: Staged) -> Tensor:
-        import torch
+    def _read_onto(self, device: torch.device) -> dict[str, Tensor]:
+        entries = self.header.entries
+        content = read_onto(device, max(e.end for e in entries.values()), self._fill)
 
-        made = torch.empty(entry.shape, dtype=kind(entry.dtype), device=pages.device)
-        if entry.end > entry.start:
-            pages.fill(made, lambda content, at: self._fill(content, entry.start + at))
-        return made
+        def tensor(entry: Entry) -> Tensor:
+            own, dtype = content[entry.start : entry.end], kind(entry.dtype)
+            own = own if entry.start % dtype.itemsize == 0 else own.clone()
+            return own.view(dtype).view(entry.shape)
+
+        return {key: tensor(entry) for key, entry in entries.items()}
 
     def _fill(self, content: memoryview, at: int) -> None:
         """Fill memory from a place among the file's tensors."""
@@ -252,8 +252,6 @@ class TensorFile:
 
 SEVERAL = 1 << 24
 """From so many bytes on, a file's tensors are read by several threads."""
-
-READERS = 8
 
 
 def _open(path: Path) -> io.BufferedReader:

@@ -73,6 +73,15 @@ def finite(tensor: Tensor) -> bool:
 
 
 def finite_each(tensors: Iterable[Tensor]) -> list[bool]:
-    """Whether all numbers of each are. A device is waited for when all has been asked of it."""
-    ends = [torch.stack(t.aminmax()).isfinite().all() if t.numel() else None for t in tensors]
-    return [end is None or bool(end) for end in ends]
+    """Whether all numbers of each are. A device is waited for once, when all has been asked of it."""
+    given = list(tensors)
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(given):
+        if tensor.numel():
+            alike.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found = [True] * len(given)
+    for places in alike.values():
+        ends = torch.stack([end for i in places for end in given[i].aminmax()])
+        for i, good in zip(places, ends.isfinite().view(-1, 2).all(1).tolist(), strict=True):
+            found[i] = good
+    return found
