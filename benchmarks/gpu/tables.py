@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of what was measured on a GPU, from the JSON files beside it: `python benchmarks/gpu/tables.py`.
 
-Writes benchmarks/results/gpu.md from training-step.json, quantised-gpu.json and serving.json in that folder.
+Writes benchmarks/results/gpu.md from training-step.json, quantised-gpu.json, several-gpu.json and serving.json there.
 """
 
 from __future__ import annotations
@@ -60,6 +60,21 @@ def quantised(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {how} | {times} | {peaks} |"
 
 
+def several(found: dict[str, Any]) -> Iterator[str]:
+    yield "\n## Several GPUs\n"
+    yield "Each beside one GPU that sees all rows: a small Llama in single precision, r=16 on all linear layers, three steps.\n"
+    yield f"{where(found)}\n"
+    yield "| what | off from one GPU's adapter, as a share of what it learned |"
+    yield "|---|---:|"
+    for row in found["compared"]:
+        yield f"| {row['what']} | {row['off']:.0e} |"
+    yield "\nA step of a Llama of 8B shape with 8 layers, bf16, 2 x 2,048 tokens a GPU; the peak is the first GPU's.\n"
+    yield "| how | step | peak |"
+    yield "|---|---:|---:|"
+    for row in found["rows"]:
+        yield f"| {row['what']} | {row['ms']:.0f} ms | {row['GB']:.1f} GB |"
+
+
 def serving(found: dict[str, Any]) -> Iterator[str]:
     yield "\n## Many adapters, files, merging\n"
     yield "The same model; 32 adapters of r=16 for mixed batches, r=64 (335 MB) for files.\n"
@@ -76,8 +91,9 @@ def serving(found: dict[str, Any]) -> Iterator[str]:
 
 def main() -> None:
     lines = ["# Measured on a GPU\n"]
-    for name, part in (("training-step.json", steps), ("quantised-gpu.json", quantised), ("serving.json", serving)):
-        if (found := loaded(name)) is not None:
+    parts = {"training-step": steps, "quantised-gpu": quantised, "several-gpu": several, "serving": serving}
+    for name, part in parts.items():
+        if (found := loaded(f"{name}.json")) is not None:
             lines += part(found)
     lines.append(
         "\nMade by `python benchmarks/gpu/tables.py` from the JSON files beside it; scripts: `benchmarks/gpu/`."
