@@ -81,6 +81,7 @@ class View:
                 setattr(self, name, value)
         else:
             self.__dict__.update(values)
+        self._values = values
         self.config = config
         self.site = site
         self.dtype = dtype
@@ -93,8 +94,11 @@ class View:
 
     def over(self, values: Mapping[str, Any]) -> View:
         """The same view with other tensors."""
-        held = {k: v for k, v in self.__dict__.items() if k not in ("config", "site", "dtype")}
-        return View(self.config, self.site, self.dtype, {**held, **values})
+        return View(self.config, self.site, self.dtype, {**self._values, **values})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors, and what all its layers share."""
+        return {name: value for name, value in self._values.items() if isinstance(value, Tensor)}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -289,11 +293,11 @@ class Method(Algebra):
         """`transform`, over each expert of a stack."""
         if not p.site.stack:
             return self.transform(p, W, b)
-        names = [n for n, v in p.__dict__.items() if isinstance(v, Tensor) and n not in p.shared]
-        tensors = [self.unstacked(n, p.__dict__[n], p.site.stack) for n in names]
+        own = {name: tensor for name, tensor in p.tensors().items() if name not in p.shared}
+        tensors = [self.unstacked(name, tensor, p.site.stack) for name, tensor in own.items()]
 
         def one(W: Tensor, *parts: Tensor) -> Tensor:
-            return self.transform(p.over(dict(zip(names, parts, strict=True))), W, None)[0]
+            return self.transform(p.over(dict(zip(own, parts, strict=True))), W, None)[0]
 
         return torch.vmap(one)(W, *tensors), b
 

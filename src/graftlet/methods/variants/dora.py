@@ -162,7 +162,7 @@ def _mark(p: View, before: Stage) -> tuple[Any, ...] | None:
     """What a gain depends on, by place and version; None where nothing is to be kept."""
     if not DoraCaching.on or p.training or torch.compiler.is_compiling() or not before.pristine:
         return None
-    tensors = [t for t in p.__dict__.values() if isinstance(t, Tensor)] + [p.site.weight]
+    tensors = [*p.tensors().values(), p.site.weight]
     if any(t.is_inference() for t in tensors):
         return None
     return (p.scaling, id(p.site.weight), *((t.data_ptr(), t._version) for t in tensors))
