@@ -8,6 +8,7 @@ wrappers in place; `Plan.undo` takes out what `apply` put in.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -281,16 +282,28 @@ def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> No
 
 def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bool) -> Tensor:
     dtype = spec.dtype or adapter_dtype(like.dtype, widen)
+    if meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
+    size, error = math.prod(shape) * dtype.itemsize, None
+    if like.device.type != "cpu" or size <= _main_memory():  # systems promise more than they have, and then end the process
+        try:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as refused:
+            error = refused
+    raise ConfigError(
+        f"an adapter's tensor of shape {tuple(shape)} takes {size / 2**30:,.0f} GiB, more than {like.device} has: "
+        "lower the rank, or whatever sets that size."
+    ) from error
+
+
+def _main_memory() -> float:
+    """The bytes of memory that this machine has; without end where it does not tell."""
     try:
-        return torch.empty(shape, dtype=dtype, device="meta" if meta else like.device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        size = math.prod(shape) * dtype.itemsize / 2**30
-        raise ConfigError(
-            f"an adapter's tensor of shape {tuple(shape)} takes {size:,.0f} GiB, more than {like.device} has: "
-            "lower the rank, or whatever sets that size."
-        ) from error
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:
