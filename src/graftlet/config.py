@@ -36,7 +36,7 @@ from .files import find_file, write_atomically
 from .pair import read_config
 from .patterns import endings
 from .registry import lookup
-from .tensorfile import once
+from .tensorfile import deeper, once
 
 CONFIG_NAME = "adapter_config.json"
 REFERENCE_VERSION = "0.21.2"
@@ -341,6 +341,8 @@ def parsed(text: bytes, path: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} cannot be read as JSON: {str(error) or type(error).__name__}.") from error
     if not isinstance(values, dict):
         raise AdapterFileError(f"{path} holds a JSON {type(values).__name__}; an object of config fields is needed.")
+    if deeper(values, limits.MAX_CONFIG_LEVELS):
+        raise AdapterFileError(f"{path} is nested more than {limits.MAX_CONFIG_LEVELS} levels deep; a config is not.")
     return values
 
 

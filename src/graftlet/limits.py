@@ -9,6 +9,9 @@ from __future__ import annotations
 MAX_CONFIG_BYTES = 10 * 2**20
 """The size of `adapter_config.json`."""
 
+MAX_CONFIG_LEVELS = 32
+"""How deep lists and objects of a config may stand in each other."""
+
 MAX_HEADER_BYTES = 32 * 2**20
 """The header of a safetensors file: it holds a hundred thousand tensors' names."""
 

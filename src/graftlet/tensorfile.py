@@ -96,6 +96,15 @@ def _json(text: bytes, path: Path) -> dict[str, Any]:
     return values
 
 
+def deeper(value: object, limit: int) -> bool:
+    """Whether lists and objects stand in each other more than `limit` levels deep; found out without a recursion."""
+    level = [value]
+    for _ in range(limit + 1):
+        held = [v for v in level if isinstance(v, (list, dict))]
+        level = [inner for v in held for inner in (v.values() if isinstance(v, dict) else v)]
+    return bool(level)
+
+
 def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object whose keys are there once. Raises `ValueError` otherwise: readers would differ in what they take."""
     found: dict[str, Any] = {}
