@@ -420,12 +420,13 @@ def _check_overlaps(config: PeftConfig) -> None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a config class's fields."""
     return typing.get_type_hints(cls)
 
 
 def _check_field(config: PeftConfig, name: str) -> None:
-    hint, value = _hints(type(config))[name], getattr(config, name)
+    hint, value = hints(type(config))[name], getattr(config, name)
     made = _dataclass_in(hint) if isinstance(value, dict) else None
     if made is not None and (value or not conforms(value, hint)):
         value = _nested(made, value, f"{type(config).__name__}.{name}")
@@ -445,7 +446,7 @@ def _nested(made: type, values: dict[str, Any], where: str) -> Any:
             f"{where} has no field {shown(unknown[0])}{nearest(unknown[0], known)} Fields: {listing(known)}."
         )
     for key, value in values.items():
-        if not conforms(value, _hints(made)[key]):
+        if not conforms(value, hints(made)[key]):
             raise ConfigError(f"{where}: {key}={shown(value)} is a {type(value).__name__}; that is not allowed there.")
     try:
         return made(**values)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import pair, patterns
-from .config import PeftType, TaskType, parsed
+from .config import Excludes, Layers, PeftType, Saves, Targets, TaskType, conforms, hints, parsed
 from .errors import AdapterFileError, GraftletError, listing, nearest, shown
 from .files import check_inside
 from .tensorfile import first_unfinite, read_header
@@ -105,8 +105,15 @@ def _config(folder: Path, found: Findings) -> None:
 _COUNTS = re.compile(r"r|rank_pattern|.*_r|r_.*|.*rank|num_.*|n_.*|u|.*_size|.*_length")
 
 
+COMMON = {name: hint for kind in (Targets, Excludes, Layers, Saves) for name, hint in hints(kind).items()}
+OWN = ("peft_type", "task_type")
+"""Fields that are looked at by themselves."""
+
+
 def _check_field(name: str, value: Any) -> None:
     """What holds for a field of this name in any method."""
+    if name in COMMON and name not in OWN and not conforms(value, COMMON[name]):
+        raise AdapterFileError(f"{name}={shown(value)} is a {type(value).__name__}, which it cannot be.")
     regexes = list(value) if isinstance(value, dict) and name.endswith("_pattern") else []
     if isinstance(value, str) and name in PATTERNED:
         regexes.append(value)
@@ -116,8 +123,9 @@ def _check_field(name: str, value: Any) -> None:
     for number in held:
         if isinstance(number, (int, float)) and _COUNTS.fullmatch(name) and abs(number) > 10**8:
             raise AdapterFileError(f"{name}={shown(number)} is absurd.")
+    numbers = (int,) if name == "r" else (int, float)  # a rank of its own for a layer may be a share
     for rank in held if name in ("r", "rank_pattern") else ():
-        if rank is not None and not isinstance(rank, list) and (type(rank) is not int or rank < 0):
+        if rank is not None and not isinstance(rank, list) and (type(rank) not in numbers or not rank >= 0):
             raise AdapterFileError(f"{name}={shown(rank)}: a rank is a number from 0 up.")
     if isinstance(value, float) and value - value != 0:
         raise AdapterFileError(f"{name}={value} is not finite.")

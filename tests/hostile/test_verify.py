@@ -83,6 +83,22 @@ def test_absurd_values_are_found(name: str, tmp_path: Path) -> None:
     assert not verify(configured(saved(tmp_path), **FIELDS[name])).sound
 
 
+@pytest.mark.parametrize("name", ["target_modules", "exclude_modules", "layers_to_transform", "modules_to_save"])
+@pytest.mark.parametrize("value", [7.5, {"a": 1}, [[1]], True], ids=str)
+def test_fields_of_all_methods_have_their_types(name: str, value: object, tmp_path: Path) -> None:
+    configured(saved(tmp_path), **{name: value})
+    assert not verify(tmp_path).sound
+
+
+GOLDEN = sorted(path.parent for path in (Path(__file__).parents[1] / "golden").rglob("adapter_config.json"))
+
+
+@pytest.mark.parametrize("folder", GOLDEN, ids=lambda f: f.name)
+def test_what_the_reference_saved_is_sound(folder: Path) -> None:
+    found = verify(folder)
+    assert found.sound, found.wrong
+
+
 def test_what_is_not_finite_is_found(tmp_path: Path) -> None:
     rewritten(saved(tmp_path), lambda t: t[sorted(t)[0]].view(-1)[0].fill_(float("nan")))
     assert "NaN or Inf" in verify(tmp_path).wrong[0]

@@ -285,7 +285,9 @@ def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bo
     if meta:
         return torch.empty(shape, dtype=dtype, device="meta")
     size, error = math.prod(shape) * dtype.itemsize, None
-    if like.device.type != "cpu" or size <= _main_memory():  # systems promise more than they have, and then end the process
+    if (
+        like.device.type != "cpu" or size <= _main_memory()
+    ):  # systems promise more than they have, and then end the process
         try:
             return torch.empty(shape, dtype=dtype, device=like.device)
         except torch.OutOfMemoryError:
