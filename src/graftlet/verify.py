@@ -123,12 +123,17 @@ def _check_field(name: str, value: Any) -> None:
     for number in held:
         if isinstance(number, (int, float)) and _COUNTS.fullmatch(name) and abs(number) > 10**8:
             raise AdapterFileError(f"{name}={shown(number)} is absurd.")
-    numbers = (int,) if name == "r" else (int, float)  # a rank of its own for a layer may be a share
     for rank in held if name in ("r", "rank_pattern") else ():
-        if rank is not None and not isinstance(rank, list) and (type(rank) not in numbers or not rank >= 0):
+        if rank is not None and not isinstance(rank, list) and not _is_rank(rank, share=name != "r"):
             raise AdapterFileError(f"{name}={shown(rank)}: a rank is a number from 0 up.")
     if isinstance(value, float) and value - value != 0:
         raise AdapterFileError(f"{name}={value} is not finite.")
+
+
+def _is_rank(value: Any, share: bool) -> bool:
+    """Whether a value may be a rank. share: also a share of the full one, as a layer's own may be."""
+    kinds = (int, float) if share else (int,)
+    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0
 
 
 def _told(values: dict[str, Any]) -> Iterator[str]:
