@@ -61,6 +61,12 @@ def adapted(model: Any, **options: Any) -> Any:
     return graftlet.get_peft_model(model, graftlet.LoraConfig(r=16, target_modules=LINEAR, **options))
 
 
+def ddp(model: Any) -> Any:
+    made = nn.parallel.DistributedDataParallel(model, device_ids=[torch.cuda.current_device()])
+    made.config = model.config
+    return made
+
+
 # what is trained is what one GPU trains
 
 
@@ -88,9 +94,6 @@ def own(batch: torch.Tensor) -> torch.Tensor:
 def cases(folder: str) -> Iterator[tuple[str, Callable[[], Any], Callable[[Any], Any]]]:
     """A name, what makes a model, and what binds the GPUs together."""
     single = torch.float32
-
-    def ddp(model: Any) -> Any:
-        return nn.parallel.DistributedDataParallel(model, device_ids=[torch.cuda.current_device()])
 
     for kind, options in (("LoRA", {}), ("DoRA", {"use_dora": True})):
         for name, engine in (("DDP", ddp), ("FSDP2", shard)):
@@ -131,11 +134,6 @@ def step_of(model: Any) -> Callable[[], None]:
 
 def times(sizes: dict[str, int], folder: str) -> list[dict[str, Any]]:
     half, rows = torch.bfloat16, []
-
-    def ddp(model: Any) -> Any:
-        made = nn.parallel.DistributedDataParallel(model, device_ids=[torch.cuda.current_device()])
-        made.config = model.config
-        return made
 
     kinds: dict[str, Callable[[], Any]] = {
         "each GPU for itself": lambda: adapted(llama(sizes, half)),

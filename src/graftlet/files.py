@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import io
 import json
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import limits
 from .errors import AdapterFileError, AdapterNameError, listing
-from .staged import READERS, read_onto
+from .staged import READERS, memory, read_onto
 from .tensorfile import SIZES, Entry, Header, header_in
 
 if TYPE_CHECKING:
@@ -218,7 +217,7 @@ class TensorFile:
 
         made, size = torch.empty(entry.shape, dtype=kind(entry.dtype)), entry.end - entry.start
         if size:
-            self._fill(memoryview((ctypes.c_ubyte * size).from_address(made.data_ptr())), entry.start)
+            self._fill(memory(made, size), entry.start)
         return made
 
     def _read_onto(self, device: torch.device) -> dict[str, Tensor]:
@@ -305,7 +304,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 def _write_tensor(handle: int, tensor: Tensor) -> None:
     tensor = tensor.detach().cpu().contiguous()
     if size := tensor.numel() * tensor.element_size():
-        _write(handle, (ctypes.c_char * size).from_address(tensor.data_ptr()))
+        _write(handle, memory(tensor, size))
 
 
 def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:

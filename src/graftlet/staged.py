@@ -17,6 +17,11 @@ PAGE = 1 << 23
 READERS = 8
 
 
+def memory(tensor: Tensor, size: int) -> memoryview:
+    """The first bytes of a tensor in main memory, to be read or filled."""
+    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr()))
+
+
 def read_onto(device: torch.device, size: int, fill: Callable[[memoryview, int], None]) -> Tensor:
     """`[size]` bytes on a GPU. fill: fills a piece of memory with what stands from a place on; called by several threads."""
     import torch
@@ -31,7 +36,7 @@ def read_onto(device: torch.device, size: int, fill: Callable[[memoryview, int],
         page, sent = pages.get()
         part = min(PAGE, size - at)
         sent.synchronize()
-        fill(memoryview((ctypes.c_ubyte * part).from_address(page.data_ptr())), at)
+        fill(memory(page, part), at)
         with torch.cuda.stream(stream):
             made[at : at + part].copy_(page[:part], non_blocking=True)
             sent.record(stream)

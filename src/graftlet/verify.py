@@ -106,13 +106,13 @@ _COUNTS = re.compile(r"r|rank_pattern|.*_r|r_.*|.*rank|num_.*|n_.*|u|.*_size|.*_
 
 
 COMMON = {name: hint for kind in (Targets, Excludes, Layers, Saves) for name, hint in hints(kind).items()}
-OWN = ("peft_type", "task_type")
-"""Fields that are looked at by themselves."""
+"""The types of the fields that methods share; `_config` looks at two of them by themselves."""
+del COMMON["peft_type"], COMMON["task_type"]
 
 
 def _check_field(name: str, value: Any) -> None:
     """What holds for a field of this name in any method."""
-    if name in COMMON and name not in OWN and not conforms(value, COMMON[name]):
+    if name in COMMON and not conforms(value, COMMON[name]):
         raise AdapterFileError(f"{name}={shown(value)} is a {type(value).__name__}, which it cannot be.")
     regexes = list(value) if isinstance(value, dict) and name.endswith("_pattern") else []
     if isinstance(value, str) and name in PATTERNED:

@@ -41,9 +41,7 @@ def recipe(base: Path, tmp_path: Path, /, given: list[dict[str, Any]] | None = N
     data = tiny.write_jsonl(tmp_path / "rows.jsonl", rows() if given is None else given)
     tables: dict[str, Any] = {
         "task": "classification",
-        "output": str(tmp_path / "out"),
-        "model": {"source": str(base), "dtype": "float32", "device": "cpu", "threads": 1},
-        "adapter": {"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+        **tiny.opening(base, tmp_path / "out"),
         "data": {
             "source": str(data),
             "prompt": "{text}",

@@ -32,9 +32,7 @@ def recipe(base: Path, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     data = tiny.write_jsonl(tmp_path / "pairs.jsonl", rows)
     tables: dict[str, Any] = {
         "task": "embedding",
-        "output": str(tmp_path / "out"),
-        "model": {"source": str(base), "dtype": "float32", "device": "cpu", "threads": 1},
-        "adapter": {"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+        **tiny.opening(base, tmp_path / "out"),
         "data": {"source": str(data), "prompt": "{a}", "completion": "{b}", "validation": 8, "test": 16},
         "training": {"batch_size": 8, "learning_rate": 1e-2, "max_steps": 16, "log_every": 1},
         "evaluation": {"samples": 2},

@@ -68,12 +68,19 @@ def write_jsonl(path: Path, values: list[dict[str, Any]]) -> Path:
     return path
 
 
-def recipe(base: Path, data: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
-    """A recipe's tables; `changes` are put into the tables of their names, or are one that names a method."""
-    tables: dict[str, Any] = {
+def opening(base: Path, output: Path) -> dict[str, Any]:
+    """The tables that all recipes here have in common."""
+    return {
         "output": str(output),
         "model": {"source": str(base), "dtype": "float32", "device": "cpu", "threads": 1},
         "adapter": {"method": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]},
+    }
+
+
+def recipe(base: Path, data: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
+    """A recipe's tables; `changes` are put into the tables of their names, or are one that names a method."""
+    tables: dict[str, Any] = {
+        **opening(base, output),
         "data": {
             "source": str(data),
             "prompt": "{text}?",

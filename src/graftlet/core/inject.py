@@ -8,7 +8,6 @@ wrappers in place; `Plan.undo` takes out what `apply` put in.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from .. import limits
 from ..config import Names, PeftConfig
 from ..errors import ConfigError, UnsupportedLayerError
+from ..machine import main_memory
 from ..registry import Entry
 from ..weights.offloaded import duplicate, unhooked
 from ..weights.site import Parameter, Site
@@ -284,28 +284,24 @@ def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bo
     dtype = spec.dtype or adapter_dtype(like.dtype, widen)
     if meta:
         return torch.empty(shape, dtype=dtype, device="meta")
-    size, error = math.prod(shape) * dtype.itemsize, None
+    size, has = math.prod(shape) * dtype.itemsize, main_memory()
     if (
-        like.device.type != "cpu" or size <= _main_memory()
-    ):  # systems promise more than they have, and then end the process
-        try:
-            return torch.empty(shape, dtype=dtype, device=like.device)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as refused:
-            error = refused
-    raise ConfigError(
+        like.device.type == "cpu" and has is not None and size > has
+    ):  # the system may promise it, and then end the process
+        raise _too_large(shape, size, like)
+    try:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _too_large(shape, size, like) from error
+
+
+def _too_large(shape: tuple[int, ...], size: int, like: Site) -> ConfigError:
+    return ConfigError(
         f"an adapter's tensor of shape {tuple(shape)} takes {size / 2**30:,.0f} GiB, more than {like.device} has: "
         "lower the rank, or whatever sets that size."
-    ) from error
-
-
-def _main_memory() -> float:
-    """The bytes of memory that this machine has; without end where it does not tell."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return math.inf
+    )
 
 
 def _start_view(branch: Branch, site: Site, dtype: torch.dtype) -> View:

@@ -101,13 +101,18 @@ def autocasts(x: Tensor) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
+def transformed() -> bool:
+    """Whether a transform of functions is at work: `vmap`, `grad` and their like."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def untouched(x: Any) -> bool:
     """Whether an input is a plain tensor with data, and nobody else sees to how operations on it are done: autocast, a
     transform of functions.
     """
     if type(x) is not Tensor or x.is_meta or x.dtype not in DTYPES or autocasts(x):
         return False
-    return not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+    return not transformed()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

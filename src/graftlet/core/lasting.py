@@ -27,17 +27,21 @@ class Held(Generic[T]):
 
     def __init__(self, key: tuple[Any, ...], guards: list[Guard], made: T) -> None:
         self.key, self.made = key, made
-        places: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        asked: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         for place, name, value in guards:
-            places.setdefault(id(place), (place, {}))[1][name] = value
-        whole = [(place, dict(place)) for place, own in places.values() if _compared(place, own)]
-        self.dictionaries, self.copies = [place for place, _ in whole], [copy for _, copy in whole]
-        single = [(p, *own) for p, names in places.values() if not _compared(p, names) for own in names.items()]
-        self.places, self.names, self.values = (
-            [p for p, _, _ in single],
-            [n for _, n, _ in single],
-            [v for *_, v in single],
-        )
+            asked.setdefault(id(place), (place, {}))[1][name] = value
+        self.dictionaries: list[dict[str, Any]] = []
+        self.places: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        for place, own in asked.values():
+            if _compared(place, own):
+                self.dictionaries.append(place)
+            else:
+                self.places += [place] * len(own)
+                self.names += own.keys()
+                self.values += own.values()
+        self.copies = list(map(dict, self.dictionaries))
         self.tensors = [value for _, _, value in guards if isinstance(value, Tensor)]
         self.marks = self._marks()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from ..core.kernel import autocasts, kind_of
+from ..core.kernel import autocasts, kind_of, transformed
 from ..core.method import Adding, InputMap, Stage, View
 from ..weights.site import Site
 from .lowrank import scaled
@@ -30,8 +30,7 @@ def serves(x: Tensor) -> bool:
     """Whether half precision is worth it for an input, and nobody else sees to how operations are done."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.dtype not in HALVES or kind_of(x) != "cuda":
         return False
-    transformed = torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
-    return not transformed and not autocasts(x)
+    return not transformed() and not autocasts(x)
 
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.algebra import Thin
-from ..core.kernel import DTYPES, autocasts, kind_of
+from ..core.kernel import DTYPES, autocasts, kind_of, transformed
 from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
 from .recipe import Recipe, recipe_of
@@ -42,7 +42,7 @@ def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
 
 def _ours(x: Tensor, product: Product) -> bool:
     """Whether nobody else sees to how operations are done: autocast, a transform of functions."""
-    if torch._C._are_functorch_transforms_active():  # pyright: ignore[reportAttributeAccessIssue]
+    if transformed():
         return False
     if product.casts:
         return product.dtype in DTYPES

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ...errors import ConfigError, listing, nearest
+from ...machine import main_memory
 
 CONTEXT = {"cuda": 600 * 2**20}
 """What a process takes on a device beside torch's tensors: the driver's context and the libraries' code."""
@@ -103,17 +103,7 @@ def _cuda(text: str) -> Device:
 
 @functools.cache
 def _cpu() -> Device:
-    return _measured("this machine's CPU", "cpu", _memory())
-
-
-def _memory() -> int:
-    """What this machine has; of a container, what it may take."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        path = Path(file)
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            whole = min(whole, int(text))
-    return whole
+    return _measured("this machine's CPU", "cpu", main_memory() or 2**33)
 
 
 def _measured(name: str, kind: str, memory: int) -> Device:
