@@ -31,12 +31,23 @@ def by_what(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     return table
 
 
+def opening(title: str, said: str, facts: str, *columns: str) -> Iterator[str]:
+    """A part's beginning, to where its rows follow; the first column is words, the others numbers."""
+    yield f"\n## {title}\n"
+    yield f"{said}\n"
+    yield f"{facts}\n"
+    yield from head(*columns)
+
+
+def head(*columns: str) -> Iterator[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield f"|---|{'---:|' * (len(columns) - 1)}"
+
+
 def steps(found: dict[str, Any]) -> Iterator[str]:
-    yield "## A training step\n"
-    yield "Llama of 8B shape with 16 layers, bf16, 2 x 2,048 tokens, adapters on all linear layers: forward, backward, AdamW."
-    yield f"\n{where(found)}\n"
-    yield "| what | Graftlet | reference | ratio | Graftlet's peak | reference's |"
-    yield "|---|---:|---:|---:|---:|---:|"
+    said = "Llama of 8B shape with 16 layers, bf16, 2 x 2,048 tokens, adapters on all linear layers: forward, backward, AdamW."
+    columns = ("what", "Graftlet", "reference", "ratio", "Graftlet's peak", "reference's")
+    yield from opening("A training step", said, where(found), *columns)
     for what, who in by_what(found["rows"]).items():
         ours, theirs = who.get("graftlet") or who.get("base"), who.get("reference")
         assert ours is not None
@@ -47,11 +58,18 @@ def steps(found: dict[str, Any]) -> Iterator[str]:
 
 def quantised(found: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
-    yield "\n## A training step on 4 bits\n"
-    yield "The same shape, its linear layers NF4 with double quantisation, adapters of r=16; medians.\n"
-    yield f"{found['device']}, {versions}, {found['date']}.\n"
-    yield "| how | frozen base | Graftlet | optimised | reference | Graftlet's peak | optimised | reference's |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    said = "The same shape, its linear layers NF4 with double quantisation, adapters of r=16; medians."
+    columns = (
+        "how",
+        "frozen base",
+        "Graftlet",
+        "optimised",
+        "reference",
+        "Graftlet's peak",
+        "optimised",
+        "reference's",
+    )
+    yield from opening("A training step on 4 bits", said, f"{found['device']}, {versions}, {found['date']}.", *columns)
     whose = ("base", "graftlet", "graftlet, optimised", "reference")
     for how in dict.fromkeys(name.partition(", ")[2].removeprefix("optimised, ") for name in found["speed"]):
         rows = [found["speed"][f"{who}, {how}"] for who in whose]
@@ -61,26 +79,20 @@ def quantised(found: dict[str, Any]) -> Iterator[str]:
 
 
 def several(found: dict[str, Any]) -> Iterator[str]:
-    yield "\n## Several GPUs\n"
-    yield "Each beside one GPU that sees all rows: a small Llama in single precision, r=16 on all linear layers, three steps.\n"
-    yield f"{where(found)}\n"
-    yield "| what | off from one GPU's adapter, as a share of what it learned |"
-    yield "|---|---:|"
+    said = "Each beside one GPU that sees all rows: a small Llama in single precision, r=16 on all linear layers, three steps."
+    columns = ("what", "off from one GPU's adapter, as a share of what it learned")
+    yield from opening("Several GPUs", said, where(found), *columns)
     for row in found["compared"]:
         yield f"| {row['what']} | {row['off']:.0e} |"
     yield "\nA step of a Llama of 8B shape with 8 layers, bf16, 2 x 2,048 tokens a GPU; the peak is the first GPU's.\n"
-    yield "| how | step | peak |"
-    yield "|---|---:|---:|"
+    yield from head("how", "step", "peak")
     for row in found["rows"]:
         yield f"| {row['what']} | {row['ms']:.0f} ms | {row['GB']:.1f} GB |"
 
 
 def serving(found: dict[str, Any]) -> Iterator[str]:
-    yield "\n## Many adapters, files, merging\n"
-    yield "The same model; 32 adapters of r=16 for mixed batches, r=64 (335 MB) for files.\n"
-    yield f"{where(found)}\n"
-    yield "| what | Graftlet | reference | ratio |"
-    yield "|---|---:|---:|---:|"
+    said = "The same model; 32 adapters of r=16 for mixed batches, r=64 (335 MB) for files."
+    yield from opening("Many adapters, files, merging", said, where(found), "what", "Graftlet", "reference", "ratio")
     for what, who in by_what(found["rows"]).items():
         ours, theirs = who.get("graftlet"), who.get("reference")
         if ours is None:
@@ -90,7 +102,7 @@ def serving(found: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    lines = ["# Measured on a GPU\n"]
+    lines = ["# Measured on a GPU"]
     parts = {"training-step": steps, "quantised-gpu": quantised, "several-gpu": several, "serving": serving}
     for name, part in parts.items():
         if (found := loaded(f"{name}.json")) is not None:
