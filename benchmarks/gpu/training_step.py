@@ -192,11 +192,34 @@ def check_dropout() -> list[str]:
     return said
 
 
+def check_gain() -> list[str]:
+    """DoRA's passes and norms beside the same in double precision."""
+    if DEVICE != "cuda":
+        return ["skipped gain: no CUDA"]
+    from graftlet.kernels import gain_triton as kernels
+
+    said = []
+    for n, m, r in ((64, 128, 16), (37, 97, 5), (130, 4096, 64), (4096, 1024, 16)):
+        z, dy = (torch.randn(n, m, device=DEVICE).bfloat16() for _ in "zy")
+        gain, W = torch.rand(m, device=DEVICE) + 0.5, torch.randn(m, 80, device=DEVICE)
+        A, B = torch.randn(r, 80, device=DEVICE), torch.randn(m, r, device=DEVICE)
+        dz, dgain = kernels.regained(dy, z, gain)
+        pairs = {
+            "gained": (kernels.gained(z, gain), z.double() * gain),
+            "dz": (dz, dy.double() * gain),
+            "dgain": (dgain, (dy.double() * z).sum(0)),
+            "norms": (kernels.norms((W**2).sum(1), W @ A.t(), B, A @ A.t(), 0.7), (W + 0.7 * B @ A).norm(dim=1)),
+        }
+        worst = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs.values())
+        said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gain {n, m, r}: worst {worst:.1e}")
+    return said
+
+
 def check() -> list[str]:
     """The fast way beside the plain one on a small model: the same loss, the same gradients."""
     said = []
     for dtype, bound in ((torch.float32, 1e-3), (torch.bfloat16, 6e-2)):
-        for options in ({}, {"r": 5}, {"use_rslora": True}):
+        for options in ({}, {"r": 5}, {"use_rslora": True}, {"use_dora": True}):
             model = base(small=True).to(dtype)
             ids = torch.randint(0, 512, (3, 37), device=DEVICE)
             made = adapted(graftlet, model, {"r": 16, **options})
@@ -262,7 +285,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--profile", default="")
     options = parser.parse_args()
-    print(*check_dropout(), *check(), sep="\n", flush=True)
+    print(*check_dropout(), *check_gain(), *check(), sep="\n", flush=True)
     model = base(options.small)
     ids = torch.randint(0, model.config.vocab_size, (2, 64 if options.small else 2048), device=DEVICE)
     only = [w for w in options.only.split(",") if w]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import CallError
+from .copies import Asked, Copies
 from .kernel import capturing
 from .traffic import Traffic
 
@@ -33,6 +34,7 @@ class Home:
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self.asked = Asked()
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Call:
     """What the call carries for methods that ask for it (`Method.carries`), by name: an entry a row of the batch."""
     trail: dict[tuple[str, int], Tensor] = field(default_factory=dict, compare=False)
     """What the blocks of an adapter hand on to each other, by its name and the number of the block that takes it."""
+    copies: Copies | None = field(default=None, compare=False)
+    """Copies of what learns in the dtype that the model computes in, where there are some."""
     known: dict[Any, Any] = field(default_factory=dict, compare=False)
     """Groups found so far: the layers of a model ask for the same ones."""
 
@@ -190,6 +194,22 @@ def using(call: Call | None) -> Iterator[None]:
         yield
     finally:
         _local.call = before
+
+
+@contextmanager
+def copying(home: Home) -> Iterator[None]:
+    """Let the layers of a model have copies of what learns, all made in one step, until the block ends."""
+    copies = Copies(home.asked)
+    with using(replace(current() or Call(), copies=copies)):
+        yield
+    if copies.asked.tensors:
+        home.asked = copies.asked
+
+
+def copies() -> Copies | None:
+    """The copies of the call in progress on this thread, where it has some."""
+    call = current()
+    return None if call is None else call.copies
 
 
 @contextmanager

@@ -18,20 +18,27 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..weights.product import Product
     from ..weights.site import Site
+    from .algebra import Thin
     from .method import Adding, InputMap, Stage, View
 
-Kernel = Callable[..., "Tensor | None"]
-"""A layer's output, or None where the kernel does not serve."""
+Kernel = Callable[..., Any]
+"""What is asked for, or None where the kernel does not serve."""
 
 KERNELS: dict[str, list[str]] = {
     "adapter": ["graftlet.kernels.lowrank:forward", "graftlet.kernels.half:forward"],
+    "thin": ["graftlet.kernels.lowrank:product_of"],
     "product": ["graftlet.kernels.half:product"],
     "map": ["graftlet.kernels.half:mapped"],
     "rows": ["graftlet.kernels.rows:added"],
+    "gain": ["graftlet.kernels.gain:gained"],
+    "regain": ["graftlet.kernels.gain:regained"],
+    "norms": ["graftlet.kernels.gain:norms"],
 }
-"""'module:attribute' of each kernel, imported when the first adapter runs: for a layer with what an adapter adds, for a layer
-with another weight, for what maps a layer's input, and for rows with adapters of their own.
+"""'module:attribute' of each kernel, imported when the first adapter runs: for a layer with what an adapter adds, for a
+product with two thin ones added, for a layer with another weight, for what maps a layer's input, for rows with adapters of
+their own, and for a gain a channel, its gradients, and the norms that it is found from.
 """
 
 SWITCH = "GRAFTLET_KERNELS"
@@ -52,6 +59,11 @@ def fast(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     return _first("adapter", method, p, x, before)
 
 
+def fast_thin(x: Tensor, thin: Thin, product: Product, casts: bool) -> Tensor | None:
+    """A product with two thin ones added by the first kernel that serves; None where none does."""
+    return _first("thin", x, thin, product, casts)
+
+
 def fast_product(site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:
     """The layer's operation with another weight by the first kernel that serves; None where none does."""
     return _first("product", site, x, W, b)
@@ -67,13 +79,30 @@ def fast_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tens
     return _first("rows", y, x, A, B, owner)
 
 
-def _first(what: str, *given: Any) -> Tensor | None:
+def fast_gain(z: Tensor, gain: Tensor) -> Tensor | None:
+    """`z [..., m]` times a gain `[m]` by the first kernel that serves; None where none does."""
+    return _first("gain", z, gain)
+
+
+def fast_regain(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The gradients of both by the first kernel that serves; None where none does."""
+    return _first("regain", dy, z, gain)
+
+
+def fast_norms(squares: Tensor, across: Tensor, B: Tensor, gram: Tensor, scale: float) -> Tensor | None:
+    """`sqrt(squares + 2 s <across, B> + s^2 <B gram, B>)`, row by row, by the first kernel that serves; None where none
+    does.
+    """
+    return _first("norms", squares, across, B, gram, scale)
+
+
+def _first(what: str, *given: Any) -> Any:
     if torch.compiler.is_compiling():  # a compiler makes its own
         return None
     for kernel in kernels(what):
-        y = kernel(*given)
-        if y is not None:
-            return y
+        found = kernel(*given)
+        if found is not None:
+            return found
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Held(Generic[T]):
     it counts. Not where it holds tensors, which are not compared by what they are.
     """
 
-    def __init__(self, key: tuple[Any, ...], guards: list[Guard], made: T) -> None:
+    def __init__(self, key: tuple[Any, ...], guards: list[Guard], made: T, read: bool) -> None:
         self.key, self.made = key, made
         asked: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         for place, name, value in guards:
@@ -42,7 +42,7 @@ class Held(Generic[T]):
                 self.names += own.keys()
                 self.values += own.values()
         self.copies = list(map(dict, self.dictionaries))
-        self.tensors = [value for _, _, value in guards if isinstance(value, Tensor)]
+        self.tensors = [value for _, _, value in guards if read and isinstance(value, Tensor)]
         self.marks = self._marks()
 
     def good(self, key: tuple[Any, ...]) -> bool:
@@ -74,6 +74,9 @@ class LastMade(Generic[T]):
     adapters are others, as the graph itself keeps no memory that was there before it.
     """
 
+    read: ClassVar[bool] = True
+    """Whether it depends on what stands in the tensors."""
+
     def __init__(self) -> None:
         self._held: Held[T] | None = None
         self._read: dict[int, T] = {}
@@ -90,7 +93,7 @@ class LastMade(Generic[T]):
         make: Callable[[], T],
     ) -> T:
         """What is at hand, or a new one; it is kept where guards can be set over what it is made from."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (self.read and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return make()
         if self._held is not None and self._held.good(key):
             if capturing(device):
@@ -98,16 +101,22 @@ class LastMade(Generic[T]):
             return self._held.made
         self._held, made, over = None, make(), guards()
         if over is not None and not any(isinstance(v, Tensor) and (v.is_inference() or v.is_meta) for _, _, v in over):
-            if device.type == "cuda" and not capturing(device):
+            if self.read and device.type == "cuda" and not capturing(device):
                 torch.cuda.current_stream(device).synchronize()  # other threads may read it on streams of their own
-            self._held = Held(key, over, made)
+            self._held = Held(key, over, made, self.read)
         return made
 
     def __deepcopy__(self, memo: Any) -> LastMade[T]:
-        return LastMade()
+        return type(self)()
 
     def __reduce__(self) -> tuple[type[LastMade[T]], tuple[()]]:
-        return LastMade, ()
+        return type(self), ()
+
+
+class LastFound(LastMade[T]):
+    """What a layer found out of which tensors it has, whatever stands in them: good in training too."""
+
+    read = False
 
 
 def steps(place: Any, *path: str) -> list[Guard] | None:

@@ -274,8 +274,8 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         return self._run(names, x, Base(self, args, kwargs, pure=pure))
 
     def _run(self, names: list[str], x: Any, base: Base) -> Any:
-        if len(names) == 1 and base.simple and (settled := self._alone(names[0], x, base)) is not None:
-            return settled
+        if len(names) == 1 and base.simple and (y := self._by_itself(names[0], x, base)) is not None:
+            return y
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
         if self.site.opaque:
             if not names and not base.pure:

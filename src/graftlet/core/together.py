@@ -9,18 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..weights.product import watched
+from ..weights.product import Product, watched
+from .algebra import Thin
 from .context import Call
 from .group import Group
 from .host import AdapterHost
-from .kernel import capturing, kernels, untouched
-from .lasting import Guard, LastMade, steps
-from .method import Method, Spec, Stage, View
+from .kernel import capturing, fast_thin, kernels, untouched
+from .lasting import Guard, LastFound, LastMade, steps
+from .method import Adding, Delta, Method, Spec, Stage, View
 from .settled import Settled
 from .tensors import Common
 
 if TYPE_CHECKING:
     from ..weights.site import Site
+
+
+Pair = tuple[Thin, Product]
+
+
+def _as_held(*tensors: Any) -> bool:
+    """Whether these are parameters as they stand, not made from such."""
+    return all(type(t) is nn.Parameter or not isinstance(t, Tensor) for t in tensors)
 
 
 class Peers(Mapping[str, tuple[Method, View]]):
@@ -56,11 +65,12 @@ class Together(AdapterHost):
         super().__init__()
         self._groups: LastMade[Group | None] = LastMade()
         self._lone: LastMade[Settled | None] = LastMade()
+        self._lean: LastFound[Pair | None] = LastFound()
 
     def _unsettle(self) -> None:
         """Keep nothing of what was made of the tensors so far."""
-        self._groups.clear()
-        self._lone.clear()
+        for kept in (self._groups, self._lone, self._lean):
+            kept.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._unsettle()  # it would hold the memory that the tensors leave
@@ -68,11 +78,15 @@ class Together(AdapterHost):
 
     # one alone
 
-    def _alone(self, name: str, x: Any, before: Stage) -> Tensor | None:
+    def _by_itself(self, name: str, x: Any, before: Stage) -> Tensor | None:
         """The output with one adapter, where it is the layer's own and two thin products; else None."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not untouched(x) or not kernels():
+        if torch.compiler.is_compiling() or watched(self.site.module) or not kernels():
             return None
-        if capturing(x.device) or watched(self.site.module):  # a graph would not see what is written into the adapter
+        return (self._in_training if torch.is_grad_enabled() else self._in_inference)(name, x, before)
+
+    def _in_inference(self, name: str, x: Any, before: Stage) -> Tensor | None:
+        """In inference."""
+        if not untouched(x) or capturing(x.device):  # a graph would not see what is written into the adapter
             return None
 
         learns = name in self._learning
@@ -88,6 +102,24 @@ class Together(AdapterHost):
         key = (name, x.dtype, learns, self.training, self.cast_input_dtype_enabled)
         settled = self._lone.get(key, x.device, lambda: self._over((name,)), make)
         return None if settled is None else settled.on(before(x), x)
+
+    def _in_training(self, name: str, x: Any, before: Stage) -> Tensor | None:
+        """In training: what there is to find out about the layer is found out once."""
+
+        def make() -> Pair | None:
+            method = self.methods[name]
+            if not isinstance(method, Delta) or type(method).forward is not Adding.forward:
+                return None
+            thin, product = method.thin(self.view(name)), before.product()
+            if thin is None or product is None or not _as_held(thin.A, thin.B, product.W, product.b):
+                return None
+            return thin, product
+
+        key = (name, self.training, self.cast_input_dtype_enabled)
+        pair = self._lean.get(key, self.site.device, lambda: self._over((name,)), make)
+        if pair is None or any(p is not None and p.requires_grad for p in self.site.module._parameters.values()):
+            return None
+        return fast_thin(x, *pair, self.cast_input_dtype_enabled)
 
     # several in a batch
 
@@ -142,7 +174,11 @@ class Together(AdapterHost):
                 yield steps(self._modules[key], name)
                 own = self._modules[key][name]  # type: ignore[index]
                 if type(own) is not nn.Identity:  # dropout that has been turned off
-                    yield [(own.__dict__, "training", own.training)]
+                    yield [
+                        (own.__dict__, entry, own.__dict__[entry])
+                        for entry in ("training", "p")
+                        if entry in own.__dict__
+                    ]
         for _, box, entry, _ in self._reads[name]:
             yield steps(self, box, name, *([] if entry is None else entry.split(".", 1)))
         for common in self.commons.get(name, {}).values():

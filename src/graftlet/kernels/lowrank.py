@@ -16,10 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.algebra import Thin
+from ..core.context import copies
+from ..core.copies import Beside, Copies
 from ..core.kernel import DTYPES, autocasts, kind_of, transformed
 from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
@@ -28,16 +31,20 @@ from .recipe import Recipe, recipe_of
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for an update of two thin products on a frozen linear layer that nothing else looks at."""
-    if not isinstance(method, Delta) or type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES:
+    if not isinstance(method, Delta) or (thin := method.thin(p)) is None or (product := before.product()) is None:
         return None
-    if kind_of(x) == "meta" or x.dim() < 2:
+    return product_of(x, thin, product, p.casts)
+
+
+def product_of(x: Tensor, thin: Thin, product: Product, casts: bool) -> Tensor | None:
+    """The kernel, where the update and the product are known. casts: factors may be brought to the input's dtype."""
+    if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES or kind_of(x) == "meta" or x.dim() < 2:
         return None
-    thin, product = method.thin(p), before.product()
-    if thin is None or product is None or not _ours(x, product) or not (p.casts or thin.A.dtype == x.dtype):
+    if not _ours(x, product) or not (casts or thin.A.dtype == x.dtype):
         return None
     if x.dtype == product.dtype:
-        return _run(method, p, x, thin, product)
-    return _run(method, p, _lasts.cast(x, product.dtype), thin, product).to(x.dtype)
+        return _run(x, thin, product)
+    return _run(_lasts.cast(x, product.dtype), thin, product).to(x.dtype)
 
 
 def _ours(x: Tensor, product: Product) -> bool:
@@ -49,15 +56,15 @@ def _ours(x: Tensor, product: Product) -> bool:
     return x.dtype == product.dtype and not autocasts(x)
 
 
-def _run(method: Delta, p: View, x: Tensor, thin: Thin, product: Product) -> Tensor:
+def _run(x: Tensor, thin: Thin, product: Product) -> Tensor:
     (A, B, scale, rate), (W, b, *_) = thin, product
     own = words = None
     if rate and (kernels := dropping(x, A)) is not None:
         words, scale = kernels.bits(x.flatten(0, -2), rate), scale / (1 - rate)
     elif rate:
-        own = method.drop(p, x)
+        own = F.dropout(x, rate)
     if not torch.is_grad_enabled():
-        return _product(x, own, words, A.to(x.dtype), B.to(x.dtype), W, b, scale)[0]
+        return _product(x, _shrunk(x, own, words, A.to(x.dtype)), B.to(x.dtype), W, b, scale)
     meeting, met = _lasts.meeting(x)
     return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe_of(x))
 
@@ -91,37 +98,29 @@ def _dropped(meta: bool) -> Any:
     return dropped_triton
 
 
-def _product(
-    x: Tensor,
-    own: Tensor | None,
-    words: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    W: Source,
-    b: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The output, and the thin product `[rows, r]`."""
-    rows = x.flatten(0, -2)
+def _shrunk(x: Tensor, own: Tensor | None, words: Tensor | None, A: Tensor) -> Tensor:
+    """The thin product `[rows, r]`."""
     if words is not None:
-        h = _dropped(x.is_meta).shrunk(rows, words, A)
-    else:
-        h = torch.mm(rows if own is None else own.flatten(0, -2), A.t())
+        return _dropped(x.is_meta).shrunk(x.flatten(0, -2), words, A)
+    return torch.mm((x if own is None else own).flatten(0, -2), A.t())
+
+
+def _product(x: Tensor, h: Tensor, B: Tensor, W: Source, b: Tensor | None, scale: float) -> Tensor:
+    """The output."""
     y = x.new_empty(*x.shape[:-1], B.shape[0])  # not a view, which could not be changed in place
     flat = y.view(-1, B.shape[0])
     torch.addmm(flat if b is None else b.to(h.dtype), h, B.t(), beta=0 if b is None else 1, alpha=scale, out=flat)
-    flat.addmm_(rows, _at_hand(W).t())  # the sum is read where it would be written, while the products are made
-    return y, h
+    flat.addmm_(x.flatten(0, -2), _at_hand(W).t())  # the sum is read where it would be written, while products are made
+    return y
 
 
 def scaled(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype | None = None) -> Tensor:
     """s a b, in one step; in single precision out of half where the device can."""
-    out = a.new_empty(())
-    if dtype is None or dtype == a.dtype:
-        return torch.addmm(out, a, b, beta=0, alpha=scale)
-    if a.is_cuda and dtype == torch.float32 and WIDE:
-        return torch.addmm(out.float(), a, b, out_dtype=dtype, beta=0, alpha=scale)  # type: ignore[call-overload]
-    return torch.addmm(out, a, b, beta=0, alpha=scale).to(dtype)
+    if dtype not in (None, a.dtype) and a.is_cuda and dtype == torch.float32 and WIDE:
+        out = a.new_empty((), dtype=dtype)
+        return torch.addmm(out, a, b, out_dtype=dtype, beta=0, alpha=scale)  # type: ignore[call-overload]
+    made = torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    return made if dtype is None else made.to(dtype)
 
 
 WIDE = "out_dtype" in str(torch.ops.aten.addmm.dtype._schema) if hasattr(torch.ops.aten.addmm, "dtype") else False
@@ -147,8 +146,13 @@ class LowRankProduct(torch.autograd.Function):
         meeting: Meeting,
         recipe: Recipe | None,
     ) -> Tensor:
-        thin, wide = A.to(x.dtype), B.to(x.dtype)
-        y, h = _product(x, own, words, thin, wide, W, b, scale)
+        held = copies()
+        thin, wide = (t.to(x.dtype) if held is None else held.of(t, x.dtype) for t in (A, B))
+        if held is None or own is not None or words is not None:
+            h = _shrunk(x, own, words, thin)
+        else:
+            h = meeting.shrunk(x, A, thin, held)
+        y = _product(x, h, wide, W, b, scale)
         ctx.make = None if recipe is None or own is not None else recipe.make
         parts = recipe.parts if recipe is not None and ctx.make is not None else (x if own is None else own,)
         ctx.save_for_backward(h, thin, wide, W if isinstance(W, Tensor) else None, words, *parts)
@@ -184,13 +188,33 @@ class LowRankProduct(torch.autograd.Function):
 class Meeting:
     """An input that several layers are given, and the one place where its gradient is summed.
 
-    Each layer hands in its part as factors; the sum is made when all have, product after product into one tensor.
+    Each layer hands in its part as factors; the sum is made when all have, product after product into one tensor. Where
+    it is known from the call before which layers will come, their thin products are one.
     """
 
     def __init__(self, shape: torch.Size) -> None:
         self.shape = shape
+        self.met: list[int] = []
+        self.ready: dict[int, tuple[Tensor, Tensor]] = {}
         self.parts: list[tuple[Tensor, Source]] = []
         self.thin: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def shrunk(self, x: Tensor, A: Tensor, copy: Tensor, held: Copies) -> Tensor:
+        """`x A^T` for the input, by A's copy in its dtype."""
+        if (key := id(A)) not in self.met:  # what is recomputed comes again
+            self.met.append(key)
+        if self.met[0] == key:
+            held.asked.met[key] = self.met
+            self._prepare(x, held.beside(A, copy))
+        _, h = self.ready.pop(id(copy), (None, None))
+        return _shrunk(x, None, None, copy) if h is None else h
+
+    def _prepare(self, x: Tensor, beside: Beside | None) -> None:
+        if beside is not None:
+            parts = _shrunk(x, None, None, beside.whole).split([len(A) for A in beside.parts], 1)
+            self.ready = {
+                id(A): (A, h) for A, h in zip(beside.parts, parts, strict=True)
+            }  # an id is taken while its A lives
 
     def add(self, dy: Tensor, W: Source, thin: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
         """A part `dy W + dh A` of the gradient, the second product only where the words say."""

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.context import Carrying
-from ..core.host import COMPILED, hosts
+from ..core.context import Carrying, copying
+from ..core.host import COMPILED, home_of, hosts
 from ..core.layer import AdaptedLayer
 from ..core.prompt import IGNORED
 from ..core.tuner import BaseTuner
@@ -44,6 +46,19 @@ def carry_context(model: nn.Module) -> None:
         checkpoint = module.__dict__.get("_gradient_checkpointing_func")
         if checkpoint is not None and not isinstance(checkpoint, Carrying):
             module.__dict__["_gradient_checkpointing_func"] = Carrying(checkpoint)
+
+
+@contextmanager
+def with_copies(model: nn.Module) -> Iterator[None]:
+    """A call of a model whose layers have copies of what learns; what it recomputes in backward sees them again."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        yield
+        return
+    home = home_of(model)
+    if not home.asked.tensors:
+        carry_context(model)  # once: it looks at every module. Where checkpointing begins later, casts are made anew
+    with copying(home):
+        yield
 
 
 def as_rows(value: Any) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ from ..weights.whole import in_parts, is_writer
 from . import bring, card, embeddings, generation, prompted, prompting, reach, save, status
 from .many import ManyAdapters
 from .origin import base_name, check_base, upload
-from .parts import as_rows, carry_context, near
+from .parts import as_rows, carry_context, near, with_copies
 from .plain import as_plain
 
 
@@ -221,7 +222,7 @@ class PeftModel(ManyAdapters, nn.Module):
         adapter_names: an adapter for each row of the batch (`"__base__"` for none), whatever is active. What a method
             reads of a call, as Poly its `task_ids`, is given by name and goes to the layers alone.
         """
-        with calling(self), self._call(adapter_names, args, kwargs):
+        with calling(self), with_copies(self.get_base_model()), self._call(adapter_names, args, kwargs):
             tuner = self.tuner
             return prompted.call(self, args, kwargs) if tuner is None else reach.call(tuner, args, kwargs)
 
@@ -245,7 +246,7 @@ class PeftModel(ManyAdapters, nn.Module):
         if self.training:
             carry_context(self)
         names = outer.rows if rows is None else tuple(rows)
-        with using(Call(names, outer.alone, outer.chosen, {**outer.values, **values})):
+        with using(replace(outer, rows=names, values={**outer.values, **values}, trail={}, known={})):
             yield
 
     def _check_rows(self, rows: list[str], args: tuple, kwargs: dict[str, Any]) -> None:

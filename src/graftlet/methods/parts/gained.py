@@ -14,16 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...core.kernel import kind_of
+from ...core.kernel import fast_gain, fast_norms, fast_regain, kind_of
 
 
 @torch.no_grad()
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The norms of the rows of `W + scale B A`, `[out]`, in single precision; W's own are found once."""
-    A, B = A.float(), B.float()
-    across = (W @ A.t().to(W.dtype)).float() if kind_of(W) == "cuda" else W.float() @ A.t()
-    added = 2 * scale * (across * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
-    return (_squares(W) + added).clamp_min_(0).sqrt_()
+    A, B, squares = A.float(), B.float(), _squares(W)
+    across = W @ A.t().to(W.dtype) if kind_of(W) == "cuda" else W.float() @ A.t()
+    gram = A @ A.t()
+    if (found := fast_norms(squares, across, B, gram, scale)) is not None:
+        return found
+    added = 2 * scale * (across.float() * B).sum(1) + scale**2 * ((B @ gram) * B).sum(1)
+    return (squares + added).clamp_min_(0).sqrt_()
 
 
 def _squares(W: Tensor) -> Tensor:
@@ -69,12 +72,15 @@ class Gained(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, gain: Tensor) -> Tensor:
         ctx.save_for_backward(z, gain)
-        return torch.mul(z, gain, out=torch.empty_like(z))
+        y = fast_gain(z, gain)
+        return torch.mul(z, gain, out=torch.empty_like(z)) if y is None else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,), (z, gain) = grads, ctx.saved_tensors
+        if all(ctx.needs_input_grad) and (found := fast_regain(grad, z, gain)) is not None:
+            return found[0], found[1].to(gain.dtype)
         dz = torch.mul(grad, gain, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
         dgain = None
         if ctx.needs_input_grad[1]:

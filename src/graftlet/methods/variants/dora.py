@@ -69,10 +69,10 @@ class DoRA(Wrapper, Rewrite):
         """The base's output, turned by the gain; what dropout takes away, it takes from the adapter's own part."""
         pair = self._pair(p, before)
         gain = self._kept_gain(p, before, pair)
+        if pair is not None and not pair[0].rate:
+            return gained(self.inner.forward(p, x, before), gain, before.bias())
         whole = p.cast(x)
         dropped = self.inner.drop(p, whole)
-        if dropped is whole and pair is not None:
-            return gained(self.inner.forward(p, x, before), gain, before.bias())
         y, update = before(x), self.inner.update(p, dropped)
         if dropped is whole:
             b = before.bias()
