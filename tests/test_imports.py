@@ -28,6 +28,7 @@ OPTIONAL = {
     "weights.aqlm": {"numba"}, "weights.compressed": {"compressed_tensors"}, "weights.hqq": {"hqq"},
     "weights.torchao": {"torchao"}, "weights.quanto": {"optimum"}, "kernels.dropped_triton": {"triton"},
     "kernels.head_loss_triton": {"triton"}, "kernels.rows_triton": {"triton"},
+    "kernels.gain_triton": {"triton"}, "kernels.gated_triton": {"triton"},
 }  # fmt: skip
 """What a part needs beside torch for some of what it does, imported as that is used."""
 

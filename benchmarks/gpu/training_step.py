@@ -215,6 +215,34 @@ def check_gain() -> list[str]:
     return said
 
 
+def check_gated() -> list[str]:
+    """Gated products' way back beside torch's own; a second one through the same graph is refused, not wrong."""
+    if DEVICE != "cuda":
+        return ["skipped gated: no CUDA"]
+    from graftlet.kernels.gated import pulled
+
+    said = []
+    acts = {"silu": torch.nn.functional.silu, "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
+    for name, act in acts.items():
+        a, b, d = (torch.randn(37, 530, device=DEVICE).bfloat16() for _ in "abd")
+        parts = [t.double().requires_grad_() for t in (a, b)]
+        y = act(parts[0]) * parts[1]
+        wanted = [y, *torch.autograd.grad(y, parts, d.double())]
+        made, grads = pulled(name, d, a, b)
+        worst = max(float((f - w).norm() / w.norm()) for f, w in zip((made, *grads), wanted, strict=True))
+        said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gated {name}: worst {worst:.1e}")
+    model = base(small=True)
+    made = graftlet.optimize_model(adapted(graftlet, model, {}))
+    ids = torch.randint(0, 512, (3, 37), device=DEVICE)
+    loss = made(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return [*said, f"passed a second backward is refused: {str(error)[:60]}"]
+    return [*said, "FAILED a second backward went through"]
+
+
 def check() -> list[str]:
     """The fast way beside the plain one on a small model: the same loss, the same gradients."""
     said = []
@@ -285,7 +313,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--profile", default="")
     options = parser.parse_args()
-    print(*check_dropout(), *check_gain(), *check(), sep="\n", flush=True)
+    print(*check_dropout(), *check_gain(), *check_gated(), *check(), sep="\n", flush=True)
     model = base(options.small)
     ids = torch.randint(0, model.config.vocab_size, (2, 64 if options.small else 2048), device=DEVICE)
     only = [w for w in options.only.split(",") if w]

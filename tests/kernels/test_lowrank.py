@@ -178,6 +178,30 @@ def test_a_tensor_that_is_made_again_is_not_kept() -> None:
     torch.testing.assert_close(found, A.grad)
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"use_dora": True}], ids=["lora", "dropout", "dora"])
+def test_the_way_back_of_what_is_made_again_is_taken_with_the_layers_own(options: dict) -> None:
+    torch.manual_seed(0)
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(target_modules=["0"], **options))
+    nn.init.ones_(made.base_model.model[0].lora_B["default"].weight)
+    A = made.base_model.model[0].lora_A["default"].weight
+    taken = []
+
+    def pull(d: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+        taken.append(d.shape)
+        whole = d.view(a.shape)
+        return (a * b).flatten(0, -2), (whole * b, whole * a)
+
+    def run(pull: Any) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        a, b = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
+        x = recipe.noted(a * b, torch.mul, a, b, pull=pull)
+        return list(torch.autograd.grad(made(x).square().sum(), (a, b, A)))
+
+    wanted, found = run(None), run(pull)
+    torch.testing.assert_close(found, wanted)
+    assert taken == ([] if "lora_dropout" in options else [(6, 6)])
+
+
 @pytest.mark.parametrize("cap", [0.0, 5.0])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_heads_loss_is_cross_entropy(cap: float, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,14 @@ from torch import Tensor
 WORD = 8
 LARGEST = 256
 PARTS = 4
-"""Into how many parts the kernels cut a sum."""
+"""Into how many parts the kernels cut a sum, at the least."""
+BUSY = 2**21
+"""So many entries of sums are in the making at once where a device is busy with them."""
+
+
+def rows_cut(k: int, r: int) -> int:
+    """Into how many parts a sum over rows is cut, whose result is `[r, k]`."""
+    return max(PARTS, BUSY // (k * max(16, r)))
 
 
 def bits(x: Tensor, rate: float) -> Tensor:
@@ -24,7 +31,8 @@ def shrunk(x: Tensor, words: Tensor, A: Tensor) -> Tensor:
 
 def outer(dh: Tensor, x: Tensor, words: Tensor) -> Tensor:
     """`[r, k]`, in single precision."""
-    return x.new_empty(PARTS, dh.shape[1], x.shape[1], dtype=torch.float32).sum(0)
+    (k, r) = x.shape[1], dh.shape[1]
+    return x.new_empty(rows_cut(k, r), r, k, dtype=torch.float32).sum(0)
 
 
 def spread(dh: Tensor, A: Tensor, words: Tensor, into: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dropped_shapes import PARTS, rows_cut
+
 WORD = 8
 LARGEST = 256
 """The largest rank that the tiles are made for."""
@@ -30,18 +32,20 @@ def bits(x: Tensor, rate: float) -> Tensor:
 def shrunk(x: Tensor, words: Tensor, A: Tensor) -> Tensor:
     """`(x * kept) A^T`, `[n, r]`."""
     (n, k), r = x.shape, A.shape[0]
-    rows, parts, span = triton.cdiv(n, 32), *_cut(k, 128, 4)
+    rows, parts, span = triton.cdiv(n, 16), *_cut(k, 128, PARTS)
     h = torch.empty(parts, n, r, dtype=torch.float32, device=x.device)
-    _shrink[(rows, parts)](x, words, A, h, n, k, r, x.stride(0), span, _wide(r), 32, 128, num_warps=2, num_stages=3)
+    _shrink[(rows, parts)](x, words, A, h, n, k, r, x.stride(0), span, _wide(r), 16, 128, num_warps=2, num_stages=3)
     return h.sum(0).to(x.dtype)
 
 
 def outer(dh: Tensor, x: Tensor, words: Tensor) -> Tensor:
     """`dh^T (x * kept)`, `[r, k]`, in single precision."""
     (n, k), r = x.shape, dh.shape[1]
-    columns, parts, span = triton.cdiv(k, 64), *_cut(n, 32, 4)
+    columns, parts, span = triton.cdiv(k, 128), *_cut(n, 16, rows_cut(k, r))
     out = torch.empty(parts, r, k, dtype=torch.float32, device=x.device)
-    _outer[(columns, parts)](dh, x, words, out, n, k, r, x.stride(0), span, _wide(r), 32, 64, num_warps=4, num_stages=3)
+    _outer[(columns, parts)](
+        dh, x, words, out, n, k, r, x.stride(0), span, _wide(r), 16, 128, num_warps=4, num_stages=3
+    )
     return out.sum(0)
 
 

@@ -65,8 +65,11 @@ def _run(x: Tensor, thin: Thin, product: Product) -> Tensor:
         own = F.dropout(x, rate)
     if not torch.is_grad_enabled():
         return _product(x, _shrunk(x, own, words, A.to(x.dtype)), B.to(x.dtype), W, b, scale)
+    recipe = recipe_of(x) if own is None else None
+    if recipe is not None and recipe.pull is not None and x.requires_grad:
+        return _apply_product(x.detach(), None, words, A, B, W, b, scale, Meeting(x.shape), recipe, *recipe.parts)
     meeting, met = _lasts.meeting(x)
-    return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe_of(x))
+    return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe)
 
 
 Source = Tensor | Callable[[], Tensor]
@@ -129,7 +132,7 @@ WIDE = "out_dtype" in str(torch.ops.aten.addmm.dtype._schema) if hasattr(torch.o
 
 class LowRankProduct(torch.autograd.Function):
     """The step. own: the input of the update, where that is another one than the product's. words: or which of the input's
-    entries the update sees, a bit each.
+    entries the update sees, a bit each. folded: what the input was made of, where its recipe's way back is taken here.
     """
 
     @staticmethod
@@ -145,6 +148,7 @@ class LowRankProduct(torch.autograd.Function):
         scale: float,
         meeting: Meeting,
         recipe: Recipe | None,
+        *folded: Tensor,
     ) -> Tensor:
         held = copies()
         thin, wide = (t.to(x.dtype) if held is None else held.of(t, x.dtype) for t in (A, B))
@@ -153,9 +157,10 @@ class LowRankProduct(torch.autograd.Function):
         else:
             h = meeting.shrunk(x, A, thin, held)
         y = _product(x, h, wide, W, b, scale)
-        ctx.make = None if recipe is None or own is not None else recipe.make
-        parts = recipe.parts if recipe is not None and ctx.make is not None else (x if own is None else own,)
+        parts = (x if own is None else own,) if recipe is None else folded or tuple(p.detach() for p in recipe.parts)
         ctx.save_for_backward(h, thin, wide, W if isinstance(W, Tensor) else None, words, *parts)
+        ctx.make, ctx.pull = (None, None) if recipe is None else (recipe.make, recipe.pull)  # not the parts it holds
+        ctx.folded = len(folded)
         ctx.read = None if isinstance(W, Tensor) else W
         ctx.scale, ctx.meeting, ctx.dtype, ctx.apart = scale, meeting, A.dtype, own is not None
         return y
@@ -165,24 +170,33 @@ class LowRankProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         h, A, B, W, words, *parts = ctx.saved_tensors
         wants_x, wants_own, _, wants_A, wants_B = ctx.needs_input_grad[:5]
-        dy, scale = grads[0].flatten(0, -2), ctx.scale
-        dA = dB = dx = dh = None
+        dy, scale, pulled = grads[0].flatten(0, -2), ctx.scale, [None] * ctx.folded
+        dA = dB = dx = dh = x = None
         if wants_B:
             dB = scaled(dy.t(), h, scale, ctx.dtype)
-        if wants_A or wants_x or wants_own:
+        if wants_A or wants_x or wants_own or ctx.folded:
             dh = scaled(dy, B, scale)
+        part = (dy, ctx.read if W is None else W, None if ctx.apart or dh is None else (dh, A, words))
+        if ctx.folded:
+            ctx.meeting.add(*part)
+            x, pulled = ctx.pull(ctx.meeting.gradient().flatten(0, -2), *parts)
         if wants_A and dh is not None:
-            x = (parts[0] if ctx.make is None else ctx.make(*parts)).flatten(0, -2)
-            dA = (
-                scaled(dh.t(), x, 1.0, ctx.dtype)
-                if words is None
-                else _dropped(x.is_meta).outer(dh, x, words).to(ctx.dtype)
-            )
+            dA = _outer(dh, _made(ctx.make, parts) if x is None else x, words, ctx.dtype)
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:
-            ctx.meeting.add(dy, ctx.read if W is None else W, None if ctx.apart or dh is None else (dh, A, words))
-        return None, dx, None, dA, dB, None, None, None, None, None
+            ctx.meeting.add(*part)
+        return None, dx, None, dA, dB, None, None, None, None, None, *pulled
+
+
+def _made(make: Callable[..., Tensor] | None, parts: list[Tensor]) -> Tensor:
+    """What was kept, or made again of that."""
+    return (parts[0] if make is None else make(*parts)).flatten(0, -2)
+
+
+def _outer(dh: Tensor, x: Tensor, words: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`dh^T x`, the gradient of A."""
+    return scaled(dh.t(), x, 1.0, dtype) if words is None else _dropped(x.is_meta).outer(dh, x, words).to(dtype)
 
 
 class Meeting:

@@ -14,15 +14,20 @@ NOTE = "_graftlet_recipe"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A tensor is `make(*parts)`; the parts are kept by others anyway."""
+    """A tensor is `make(*parts)`; the parts are kept by others anyway.
+
+    pull: out of the tensor's gradient `[rows, features]` and the parts, the tensor again and the gradients of the parts; it
+    may write over all that it is given. Who uses it is in the place of the tensor's own way back.
+    """
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
+    pull: Callable[..., tuple[Tensor, tuple[Tensor, ...]]] | None = None
 
 
-def noted(made: Tensor, make: Callable[..., Tensor], *parts: Tensor) -> Tensor:
+def noted(made: Tensor, make: Callable[..., Tensor], *parts: Tensor, pull: Callable[..., Any] | None = None) -> Tensor:
     """The tensor, with how it was made written on it."""
-    setattr(made, NOTE, Recipe(make, tuple(part.detach() for part in parts)))
+    setattr(made, NOTE, Recipe(make, parts, pull))
     return made
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..core.kernel import kind_of
 from ..core.prompt import CACHES, IGNORED
+from ..kernels.gated import pulled
 from ..kernels.head_loss import HeadLoss
 from ..kernels.recipe import noted
 from ..methods.parts import heads
@@ -185,13 +186,17 @@ def gated(module: nn.Module) -> Forward | None:
     if not all(name in module._modules for name in ("gate_proj", "up_proj", "down_proj")):
         return None
     act = getattr(module, "act_fn", None)
-    multiply = _product_of(act, next(module.parameters()).device)
-    if multiply is None or not _wired(type(module), cast(nn.Module, act)):
+    name = _activation(act)
+    if name is None or not _wired(type(module), cast(nn.Module, act)):
         return None
+    parameter = next(module.parameters())
+    multiply = _fused(name, parameter.device)
+    pull = functools.partial(pulled, name) if kind_of(parameter) == "cuda" else None
 
     def forward(self: Any, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(noted(multiply.apply(gate, up), functools.partial(_again, multiply), gate, up))
+        made = multiply.apply(gate, up)
+        return self.down_proj(noted(made, functools.partial(_again, multiply), gate, up, pull=pull))
 
     return marked(forward)
 
@@ -201,15 +206,15 @@ def _again(multiply: Any, gate: Tensor, up: Tensor) -> Tensor:
         return multiply.apply(gate, up)
 
 
-def _product_of(act: Any, device: torch.device) -> Any:
-    """The fused `act(a) * b`, by what the activation does."""
+def _activation(act: Any) -> str | None:
+    """The name of an activation, by what it does."""
     if not callable(act):
         return None
     x = torch.linspace(-4, 4, 33)
-    for name, plain in (("silu", F.silu), ("gelu", _tanh_gelu)):
-        if torch.allclose(cast(Tensor, act(x)), plain(x), atol=1e-6):
-            return _fused(name, device)
-    return None
+    known = {"silu": F.silu, "gelu": _tanh_gelu}
+    return next(
+        (name for name, plain in known.items() if torch.allclose(cast(Tensor, act(x)), plain(x), atol=1e-6)), None
+    )
 
 
 def _tanh_gelu(x: Tensor) -> Tensor:
