@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
 Found = dict[str, Any]
 Drawn = dict[str, dict[str, dict[str, float]]]
-SERIES = {"graftlet": OURS, "reference": REFERENCE, "base": BASE}
+SERIES = {"graftlet": OURS, "optimised": OPTIMISED, "reference": REFERENCE, "base": BASE}
 CAPTURED = ", CUDA graph"
 
 
@@ -126,14 +126,15 @@ def _ratio(row: Found, key: str) -> float | None:
 
 def cpu_step(found: Found) -> Panels:
     titles = {"ms": "a step, ms", "peak": "the process's peak memory, MB"}
-    return {
-        title: {row["what"]: {SERIES[who]: row[key][who] for who in ("reference", "graftlet")} for row in found["rows"]}
-        for key, title in titles.items()
-    }
+    return {title: {row["what"]: _named(row[key]) for row in found["rows"]} for key, title in titles.items()}
 
 
 def many_on_cpu(found: Found) -> Panels:
-    return {"ms": {r["what"]: {SERIES[w]: r[w] for w in ("reference", "graftlet") if w in r} for r in found["rows"]}}
+    return {"ms": {row["what"]: _named(row) for row in found["rows"]}}
+
+
+def _named(values: Found) -> dict[str, float]:
+    return {series: values[who] for who, series in SERIES.items() if who in values}
 
 
 # the page
@@ -146,7 +147,7 @@ PARTS = [
         "training-step",
         "gpu/training_step.py",
         f"LoRA and DoRA on all linear layers of {SHAPE} in bf16, 2 x 2,048 tokens: forward, backward, AdamW. The frozen "
-        "base alone is its forward and the gradient of its input. `optimised` is `optimize_model(model)`.",
+        "base alone is its forward and the gradient of its input.",
         step,
         tables="gpu",
     ),
@@ -235,26 +236,35 @@ def facts(found: Found) -> str:
     return ", ".join(filter(None, known)) + "."
 
 
-def gist(panels: Panels) -> Iterator[str]:
-    """Words a panel: Graftlet's share of the reference's, least, most and middle."""
+def gist(panels: Panels, ours: str) -> Iterator[str]:
+    """Words a panel: the share of the reference's that one of ours takes, least, most and middle."""
     for title, table in panels.items():
-        both = [v[OURS] / v[REFERENCE] for v in table.values() if {OURS, REFERENCE} <= v.keys()]
+        both = [v[ours] / v[REFERENCE] for v in table.values() if {ours, REFERENCE} <= v.keys()]
         if both:
             shares = min(both), max(both), statistics.median(both)
             low, high, middle = (f"{x:.2f}" if x > 0.01 else f"{x:.1g}" for x in shares)
             yield f"{title.rpartition(',')[0] or 'time'} {low} to {high} of the reference's (median {middle})"
 
 
-def section(part: Part, file: Path) -> str:
-    found = json.loads(file.read_text())
+def there() -> Iterator[tuple[Part, Path, Found, Panels]]:
+    """The parts that something was measured for, with where that is, what it is, and what is drawn of it."""
+    for part in PARTS:
+        if (file := part.file) is not None:
+            found = json.loads(file.read_text())
+            if any((panels := part.panels(found)).values()):
+                yield part, file, found, panels
+
+
+def section(part: Part, file: Path, found: Found, panels: Panels) -> str:
     made = f"`benchmarks/results/{file.name}`, by `benchmarks/{part.script}`"
     pages = sorted(RESULTS.glob(f"{part.tables}.md")) if part.tables else []
     table = f"; [the numbers](../benchmarks/results/{pages[-1].name})" if pages else ""
-    told = ", ".join(gist(part.panels(found)))
+    said = {ours: ", ".join(gist(panels, ours)) for ours in (OURS, OPTIMISED)}
+    told = ". ".join(f"{ours}: {shares}" for ours, shares in said.items() if shares)
     return (
         f"## {part.title}\n\n{part.said}\n\n"
-        f"![{part.title}{f': {told}' if told else ''}](images/{part.chart.name})\n\n"
-        + (f"Graftlet as it is: {told}.\n\n" if told else "")
+        f"![{part.title}: a chart of the numbers in {file.name}](images/{part.chart.name})\n\n"
+        + (f"{told}.\n\n" if told else "")
         + f"{facts(found)} From {made}{table}.\n"
     )
 
@@ -264,9 +274,9 @@ def page() -> str:
     return (
         "# Speed and memory, measured\n\n"
         "The reference is Hugging Face PEFT, measured in the same run as Graftlet on the same machine; medians. Shorter bars, "
-        "and dots further left, are better. [What happens, and why](guides/speed.md); "
-        "[what was tried](../benchmarks/notes.md).\n\n"
-        + "\n".join(section(part, part.file) for part in PARTS if part.file is not None)
+        "and dots further left, are better; `optimised` is with `optimize_model(model)`. "
+        "[What happens, and why](guides/speed.md); [what was tried](../benchmarks/notes.md).\n\n"
+        + "\n".join(section(*part) for part in there())
         + "\nMade by `python benchmarks/measured.py` from the JSON files.\n"
     )
 
@@ -288,9 +298,8 @@ def main() -> None:
         plan = methods.Plan.read(HERE / f"{given}.toml")
         if (file := RESULTS / f"{plan.results}.json").exists():
             methods.publish(plan, json.loads(file.read_text()), file, DOCS / plan.docs)
-    for part in PARTS:
-        if part.file is not None:
-            charts.kept(part.draw(part.panels(json.loads(part.file.read_text()))), part.chart)
+    for part, _, _, panels in there():
+        charts.kept(part.draw(panels), part.chart)
     for file, text in {**tables(), DOCS / "speed-measured.md": page()}.items():
         file.write_text(text, encoding="utf-8")
         print(file)

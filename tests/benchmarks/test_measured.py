@@ -67,10 +67,20 @@ def test_a_step_is_the_base_and_each_setting_as_it_is_and_optimised() -> None:
             "new": {"Graftlet": 3},
         },
     }
-    assert list(MEASURED.gist(panels)) == [
+    assert list(MEASURED.gist(panels, "Graftlet")) == [
         "a step 0.50 to 0.50 of the reference's (median 0.50)",
         "peak memory 0.25 to 0.25 of the reference's (median 0.25)",
     ]
+    assert next(MEASURED.gist(panels, "optimised")) == "a step 0.38 to 0.38 of the reference's (median 0.38)"
+
+
+def test_a_step_on_a_cpu_has_whatever_was_measured() -> None:
+    both = {"graftlet": 2, "reference": 4, "ratio": 0.5}
+    row = {"what": "LoRA", "ms": {**both, "optimised": 1, "ratio, optimised": 0.25}, "peak": both, "busy": both}
+    assert MEASURED.cpu_step({"rows": [row]}) == {
+        "a step, ms": {"LoRA": {"Graftlet": 2, "optimised": 1, "reference": 4}},
+        "the process's peak memory, MB": {"LoRA": {"Graftlet": 2, "reference": 4}},
+    }
 
 
 def test_batches_have_a_panel_a_size_and_the_rest_a_table() -> None:
@@ -102,3 +112,14 @@ def test_a_stack_has_ratios_in_the_order_of_the_steps_and_no_panel_without_numbe
 @pytest.mark.parametrize(("value", "said"), [(16440.6, "16,441"), (137.2, "137"), (17.34, "17.3"), (0.104, "0.10")])
 def test_numbers_have_three_digits_at_most_two_after_the_point(value: float, said: str) -> None:
     assert CHARTS.number(value) == said
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MEASURED, "RESULTS", tmp_path)
+    facts = {"device": "CPU", "date": "2026-01-01", "torch": "2.x"}
+    row = {"what": "save", "who": "graftlet", "s": 0.5}
+    (tmp_path / "serving.json").write_text(MEASURED.json.dumps({**facts, "rows": [row]}))
+    assert [part.name for part, *_ in MEASURED.there()] == ["files"]
+    text = MEASURED.page()
+    assert "CPU, torch 2.x, 2026-01-01. From `benchmarks/results/serving.json`" in text
+    assert text.count("![") == 1
