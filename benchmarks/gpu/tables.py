@@ -101,7 +101,7 @@ def serving(found: dict[str, Any]) -> Iterator[str]:
         yield f"| {what} | {1000 * ours['s']:.1f} ms | {other[0]} | {other[1]} |"
 
 
-def main() -> None:
+def page() -> str:
     lines = ["# Measured on a GPU"]
     parts = {"training-step": steps, "quantised-gpu": quantised, "several-gpu": several, "serving": serving}
     for name, part in parts.items():
@@ -110,7 +110,11 @@ def main() -> None:
     lines.append(
         "\nMade by `python benchmarks/gpu/tables.py` from the JSON files beside it; scripts: `benchmarks/gpu/`."
     )
-    (RESULTS / "gpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    (RESULTS / "gpu.md").write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
+@functools.cache
 def main_memory() -> int | None:
     """Bytes of main memory; of a container, what it may take. None where the system does not tell."""
     try:

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from graftlet.testing import laws
+from graftlet.testing.benches import BENCHES, Around, Bench
 from graftlet.testing.case import Case
 from graftlet.testing.laws import LAWS, always
 from graftlet.testing.running import BRAIN, HALF
+from graftlet.weights.site import Parameter, site_of
 
 from .cases import cases
 
@@ -35,6 +37,16 @@ def representative(case: Case) -> bool:
 def linear(case: Case) -> bool:
     kind = "decoder" if case.whole else "embedding" if case.entry.name == "TRAINABLE_TOKENS" else "linear"
     return case.bench.name == kind and case.first
+
+
+@pytest.mark.parametrize("bench", [pytest.param(b, id=b.name) for b in BENCHES.values()])
+def test_a_site_tells_the_shape_of_what_it_reads(bench: Bench) -> None:
+    layer = cast(Around, bench.model()).l
+    names = [n.rpartition(".")[2] for n in bench.targets.get("target_parameters", ())]
+    for site in [Parameter(layer, name) for name in names] or [site_of(layer)]:
+        assert site is not None
+        assert site.shape == site.read()[0].shape
+        assert isinstance(site.shape, torch.Size)
 
 
 @table(quick=representative)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import tempfile
 import threading
 import weakref
@@ -255,29 +256,41 @@ def test_together_is_as_one_by_one(case: Case) -> None:
     near(y, torch.stack([each[n][i] for i, n in enumerate(owner.tolist())]), torch.float32)
 
 
+def steps(work: Callable[[], Any]) -> int:
+    """How many functions are called: what can be promised of a time."""
+    count = 0
+
+    def count_calls(frame: Any, event: str, arg: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(count_calls)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 def test_a_second_adapter_costs_what_the_thirtieth_does(model: Any) -> None:
-    """Not in time, which nobody can promise, but in the number of steps."""
-    import sys
+    def add(name: str) -> int:
+        return steps(lambda: model.add_adapter(name, lora(target_modules=["q_proj", "v_proj", "down_proj"])))
 
-    def steps(name: str) -> int:
-        count = 0
-
-        def count_calls(frame: Any, event: str, arg: Any) -> None:
-            nonlocal count
-            count += event == "call"
-
-        sys.setprofile(count_calls)
-        try:
-            model.add_adapter(name, lora(target_modules=["q_proj", "v_proj", "down_proj"]))
-        finally:
-            sys.setprofile(None)
-        return count
-
-    steps("warm")
-    early = steps("early")
+    add("warm")
+    early = add("early")
     for i in range(24):
-        steps(f"x{i}")
-    assert steps("late") <= early * 1.1
+        add(f"x{i}")
+    assert add("late") <= early * 1.1
+
+
+def test_each_layer_more_costs_few_steps(model: Any) -> None:
+    def add(*targets: str) -> int:
+        return steps(lambda: model.add_adapter("".join(targets), lora(target_modules=list(targets))))
+
+    add("v_proj")
+    few, many = add("q_proj"), add("q_proj", "down_proj")
+    blocks = len(model.get_base_model().model.layers)
+    assert 0 < many - few <= 250 * blocks
 
 
 def test_switching_sees_what_was_changed_by_hand(model: Any) -> None:

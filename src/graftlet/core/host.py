@@ -298,15 +298,15 @@ def standing(model: nn.Module) -> tuple[list[AdapterHost], list[Common]]:
 
 
 def _standing(model: nn.Module) -> list[nn.Module]:
-    """All modules, but not the boxes of adapters."""
-    found: dict[int, nn.Module] = {id(model): model}
-    left = [model]
+    """All modules, in the order of `_walk`, but neither the boxes of adapters nor what is in those that layers share."""
+    found: dict[int, nn.Module] = {}
+    left: list[nn.Module | None] = [model]
     while left:
-        for module in left.pop()._modules.values():
-            if module is not None and id(module) not in found and type(module) is not Box:
-                found[id(module)] = module
-                if not isinstance(module, Common):
-                    left.append(module)
+        module = left.pop()
+        if module is not None and id(module) not in found and type(module) is not Box:
+            found[id(module)] = module
+            if not isinstance(module, Common):
+                left += reversed(module._modules.values())
     return list(found.values())
 
 
@@ -321,7 +321,8 @@ def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:
 
 def modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model, but not the boxes of adapters."""
-    return (module for _, module in _walk(model))
+    for module in _standing(model):
+        yield from module.modules() if isinstance(module, Common) else (module,)
 
 
 def _walk(model: nn.Module, alone: str | None = None) -> Iterator[tuple[str, nn.Module]]:

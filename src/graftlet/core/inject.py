@@ -25,7 +25,7 @@ from ..weights.site import Parameter, Site
 from ..weights.whole import made_alike, shape_of, shared_out
 from .around import Block
 from .block import BlockHost, host_for, started
-from .host import AdapterHost, Shell, commons, home_of
+from .host import AdapterHost, Shell, home_of, standing
 from .layer import AdaptedLayer, Branch
 from .lifecycle import relink
 from .merging import restored_on_error
@@ -124,10 +124,10 @@ class Plan:
 
     def _build_commons(self, meta: bool, widen: bool) -> None:
         for method, sites, specs in self._sharing():
-            like = next(iter(sites.values()))
-            made = {n: as_held(_empty(s.shape, s, like, meta, widen), s) for n, s in specs.items()}
-            if not meta or any(not s.saved for s in specs.values()):
-                made = {n: as_held(_empty(s.shape, s, like, False, widen), s) for n, s in specs.items()}
+            like, run = next(iter(sites.values())), not meta or any(not s.saved for s in specs.values())
+            dtype, place = adapter_dtype(like.dtype, widen), like.device if run else torch.device("meta")
+            made = {n: as_held(_empty(s.shape, s.dtype or dtype, place), s) for n, s in specs.items()}
+            if run:
                 with torch.no_grad():
                     method.init_commons(self.config, made)
             self.commons.update({n: (specs[n], made[n]) for n in specs})
@@ -199,13 +199,13 @@ class Plan:
             host.rebased.add(self.name)
 
     def _apply(self, item: Item) -> None:
-        standing = getattr(item.place.parent, item.place.child)
-        host = _find_host(standing, item)
+        module = getattr(item.place.parent, item.place.child)
+        host = _find_host(module, item)
         if host is None:
-            host = _make_host(standing, item)
-            _inherit(host, standing)
-            outer = host if item.shell is None else Shell(item.shell, host).train(standing.training)
-            for parent, child in self._stands(item.place, standing):
+            host = _make_host(module, item)
+            _inherit(host, module)
+            outer = host if item.shell is None else Shell(item.shell, host).train(module.training)
+            for parent, child in self._stands(item.place, module):
                 setattr(parent, child, outer)
                 item.made.append((parent, child))
         item.host, host.home = host, home_of(self.model)
@@ -224,7 +224,7 @@ class Plan:
                 if item.made or not item.host.active_adapters:
                     item.host.follow(active)
                 item.host.set_requires_grad(self.name, learn)
-        for _, box in commons(self.root):
+        for box in standing(self.root)[1]:
             box.set_requires_grad(self.name, learn)
 
     def _leader(self, item: Item) -> Replacement | None:
@@ -236,19 +236,19 @@ class Plan:
                 return other.host
         return None
 
-    def _stands(self, place: Place, standing: nn.Module) -> list[tuple[nn.Module, str]]:
+    def _stands(self, place: Place, module: nn.Module) -> list[tuple[nn.Module, str]]:
         """Everywhere that a module stands: one that a model uses in two places is adapted in both."""
         if self._homes is None:
             self._homes = {}
             for parent in self.model.modules():
-                for child, module in parent._modules.items():
-                    self._homes.setdefault(id(module), []).append((parent, child))
-        homes = self._homes.get(id(standing), [])
+                for child, inner in parent._modules.items():
+                    self._homes.setdefault(id(inner), []).append((parent, child))
+        homes = self._homes.get(id(module), [])
         return homes if len(homes) > 1 else [(place.parent, place.child)]
 
     def undo(self) -> None:
         """Take out what `apply` put in."""
-        for _, box in commons(self.root):
+        for box in standing(self.root)[1]:
             box.forget(self.name)
         for item in reversed(self.items):
             if item.host is None:
@@ -268,38 +268,35 @@ class Saved(Replace):
 
 def build(branch: Branch, site: Site, meta: bool, widen: bool, init: bool) -> None:
     """Allocate a branch's tensors and start them."""
-    dtype = adapter_dtype(site.dtype, widen)
+    dtype, device = adapter_dtype(site.dtype, widen), site.device
     run = init or branch.method.derived(branch.config)
+    place = torch.device("meta") if meta and not run else device
     for tensor_name, spec in branch.specs.items():
         shape = branch.method.stacked(tensor_name, spec, site.stack) if site.stack else spec.shape
-        branch.tensors[tensor_name] = as_held(_empty(shape, spec, site, meta and not run, widen), spec)
-    if run and site.device.type != "meta":
+        branch.tensors[tensor_name] = as_held(_empty(shape, spec.dtype or dtype, place), spec)
+    if run and device.type != "meta":
         with torch.no_grad():
             branch.rebased = branch.method.init(_start_view(branch, site, dtype))
         if branch.rebased is not None:
             site.check_writable()  # now, when nothing is changed yet
 
 
-def _empty(shape: tuple[int, ...], spec: Spec, like: Site, meta: bool, widen: bool) -> Tensor:
-    dtype = spec.dtype or adapter_dtype(like.dtype, widen)
-    if meta:
-        return torch.empty(shape, dtype=dtype, device="meta")
-    size, has = math.prod(shape) * dtype.itemsize, main_memory()
-    if (
-        like.device.type == "cpu" and has is not None and size > has
-    ):  # the system may promise it, and then end the process
-        raise _too_large(shape, size, like)
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and size > (main_memory() or math.inf):
+        # the system may promise it, and then end the process
+        raise _too_large(shape, size, device)
     try:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise _too_large(shape, size, like) from error
+        raise _too_large(shape, size, device) from error
 
 
-def _too_large(shape: tuple[int, ...], size: int, like: Site) -> ConfigError:
+def _too_large(shape: tuple[int, ...], size: int, device: torch.device) -> ConfigError:
     return ConfigError(
-        f"an adapter's tensor of shape {tuple(shape)} takes {size / 2**30:,.0f} GiB, more than {like.device} has: "
+        f"an adapter's tensor of shape {tuple(shape)} takes {size / 2**30:,.0f} GiB, more than {device} has: "
         "lower the rank, or whatever sets that size."
     )
 
@@ -340,36 +337,36 @@ def _on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 
-def _find_host(standing: nn.Module, item: Item) -> AdapterHost | None:
+def _find_host(module: nn.Module, item: Item) -> AdapterHost | None:
     """The wrapper already here that this item goes into."""
     if item.shell is not None:
-        return standing.inner if isinstance(standing, Shell) else None
-    while isinstance(standing, AdapterHost):
-        if item.replace is not None and isinstance(standing, Replacement):
-            return standing
-        if isinstance(standing, BlockHost) and type(standing.method) is type(item.block):
-            return standing
-        if item.branch is not None and isinstance(standing, AdaptedLayer):
-            named = standing.site.name if isinstance(standing.site, Parameter) else None
+        return module.inner if isinstance(module, Shell) else None
+    while isinstance(module, AdapterHost):
+        if item.replace is not None and isinstance(module, Replacement):
+            return module
+        if isinstance(module, BlockHost) and type(module.method) is type(item.block):
+            return module
+        if item.branch is not None and isinstance(module, AdaptedLayer):
+            named = module.site.name if isinstance(module.site, Parameter) else None
             if named == item.parameter:
-                return standing
-        standing = standing.base
+                return module
+        module = module.base
     return None
 
 
-def _make_host(standing: nn.Module, item: Item) -> AdapterHost:
+def _make_host(module: nn.Module, item: Item) -> AdapterHost:
     if item.replace is Saved:
-        return ModulesToSaveWrapper(standing)
+        return ModulesToSaveWrapper(module)
     if item.block is not None:
-        return host_for(standing, item.block)
+        return host_for(module, item.block)
     if item.replace is not None:
-        return Replacement(standing, item.replace.original, item.replace.copies, item.replace.on_disk)
+        return Replacement(module, item.replace.original, item.replace.copies, item.replace.on_disk)
     assert item.site is not None
-    site = Parameter(standing, item.parameter) if item.parameter else item.site
-    return AdaptedLayer(standing, site)
+    site = Parameter(module, item.parameter) if item.parameter else item.site
+    return AdaptedLayer(module, site)
 
 
-def _inherit(host: AdapterHost, standing: nn.Module) -> None:
-    host.train(standing.training)
-    if isinstance(standing, AdapterHost):
-        host.set_disabled(standing._disabled)
+def _inherit(host: AdapterHost, module: nn.Module) -> None:
+    host.train(module.training)
+    if isinstance(module, AdapterHost):
+        host.set_disabled(module._disabled)

@@ -90,7 +90,7 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
 
     @property
     def base(self) -> nn.Module:
-        return self.base_layer
+        return cast(nn.Module, self._modules["base_layer"])  # asked for often: attributes of modules are slow
 
     @property
     def weight(self) -> Tensor:

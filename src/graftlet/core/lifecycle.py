@@ -27,7 +27,7 @@ from .ties import tied
 
 def adapters_of(model: nn.Module) -> list[str]:
     """The names of all adapters that any layer of a model holds, in the order they came."""
-    return list(dict.fromkeys(n for _, host in hosts(model) for n in host.adapters))
+    return list(dict.fromkeys(n for host in standing(model)[0] for n in host.adapters))
 
 
 def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -241,11 +241,11 @@ def _not_base(host: AdapterHost) -> list[str]:
 
 def relink(model: nn.Module, adapter: str) -> None:
     """Share again what an adapter's layers share, after its tensors were loaded one by one."""
-    found = list(hosts(model))
-    layers = {h.keys[adapter]: h for _, h in found if isinstance(h, AdaptedLayer) and adapter in h.methods}
+    found = standing(model)[0]
+    layers = {h.keys[adapter]: h for h in found if isinstance(h, AdaptedLayer) and adapter in h.methods}
     for kind in dict.fromkeys(type(h.methods[adapter]) for h in layers.values()):
         own = {key: h for key, h in layers.items() if type(h.methods[adapter]) is kind}
         next(iter(own.values())).methods[adapter].link(own, adapter)
-    for _, host in found:
+    for host in found:
         if isinstance(host, Replacement):
             host.relink(adapter)

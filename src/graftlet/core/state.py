@@ -19,7 +19,7 @@ from ..errors import AdapterFileError, listing
 from ..weights.rounding import finite_each
 from ..weights.site import Parameter
 from ..weights.whole import shape_of
-from .host import AdapterHost, Shell, commons, hosts
+from .host import AdapterHost, Shell, commons, hosts, modules
 from .layer import AdaptedLayer
 from .lifecycle import biases
 from .tensors import Common
@@ -59,9 +59,8 @@ def slots(
 ) -> dict[str, Slot]:
     """All that an adapter's file holds, by key; of what other writers put into it besides, what is `given`."""
     found: dict[str, Slot] = {}
-    for path, host in _saved_hosts(model, adapter, frozenset(given)):
-        for key, tensor in host.state(adapter).items():
-            found[f"{path}.{key}"] = Slot(tensor, host, key)
+    for path, host, held in _saved_hosts(model, adapter, frozenset(given)):
+        found.update({f"{path}.{key}": Slot(tensor, host, key) for key, tensor in held.items()})
     for path, box in commons(model):
         for entry, tensor in box.tensors(adapter).items():
             if box.specs[adapter][entry].saved:
@@ -95,23 +94,23 @@ def _rank(layer: AdaptedLayer) -> int:
 
 def _saved_hosts(
     model: nn.Module, adapter: str, given: frozenset[str] = frozenset()
-) -> Iterator[tuple[str, AdapterHost]]:
-    """The wrappers that stand in an adapter's file: rows of tokens that several layers share stand there once."""
-    inner = {id(m.inner) for m in model.modules() if isinstance(m, Shell)}
+) -> Iterator[tuple[str, AdapterHost, dict[str, Tensor]]]:
+    """The wrappers that stand in an adapter's file, with its tensors: rows of tokens that layers share stand there once."""
+    inner = {id(m.inner) for m in modules(model) if isinstance(m, Shell)}
     seen: set[int] = set()
     for path, host in placed(model, adapter):
         held = host.state(adapter)
         tensors = {id(t) for t in held.values()}
         again = id(host) in inner and tensors <= seen
         if tensors and not (again and not any(f"{path}.{key}" in given for key in held)):
-            yield path, host
+            yield path, host, held
         seen |= tensors
 
 
 def collect(model: nn.Module, adapter: str, config: PeftConfig | None = None) -> dict[str, Tensor]:
     """An adapter's tensors by their key in the file."""
     found: dict[str, Tensor] = {}
-    for path, host in _saved_hosts(model, adapter):
+    for path, host, _ in _saved_hosts(model, adapter):
         found.update({f"{path}.{key}": tensor for key, tensor in host.pack(adapter).items()})
     others = {
         key: slot for key, slot in slots(model, adapter, config).items() if not isinstance(slot.host, AdapterHost)

@@ -49,16 +49,20 @@ class Place:
         return bare(self.module)
 
 
-def walk(model: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[Place]:
+def walk(model: nn.Module) -> Iterator[Place]:
     """All places of a model below its root, by the model's own paths; a module that stands in several once."""
-    seen = {id(model)} if seen is None else seen
-    for child, module in model.named_children():
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        path = below(prefix, child)
-        yield Place(path, module, model, child)
-        yield from walk(bare(module), path, seen)
+    seen, left = {id(model)}, _inside("", model)
+    while left:
+        place = left.pop()
+        if id(place.module) not in seen:
+            seen.add(id(place.module))
+            yield place
+            left += _inside(place.path, place.bare)
+
+
+def _inside(path: str, module: nn.Module) -> list[Place]:
+    """The places right inside a module, the last one first."""
+    return [Place(below(path, child), inner, module, child) for child, inner in reversed(list(module.named_children()))]
 
 
 def matches(path: str, names: Names | None) -> bool:

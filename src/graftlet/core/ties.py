@@ -29,9 +29,8 @@ def tied(model: nn.Module) -> list[Group]:
     """The groups of places that share one parameter of the base model, by the model's own paths."""
     groups: dict[int, Group] = {}
     for place in walk(model):
-        if isinstance(place.bare, Common):
-            continue
-        for name, parameter in place.bare._parameters.items():
+        module = place.bare
+        for name, parameter in () if isinstance(module, Common) else module._parameters.items():
             if parameter is not None:
                 groups.setdefault(id(parameter), Group(parameter)).places.append((place.path, name))
     return [group for group in groups.values() if len(group.places) > 1]

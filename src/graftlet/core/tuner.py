@@ -19,7 +19,7 @@ from .block import BlockHost
 from .combine import Fit
 from .context import current
 from .dense import dequantised
-from .host import check_known, check_name, home_of, hosts, modules
+from .host import check_known, check_name, home_of, hosts, modules, standing
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Allocator, Method
@@ -136,7 +136,8 @@ class BaseTuner(nn.Module):
         `abandon`. learn: the adapter's tensors learn although another one is active. What other adapters and the base
         learn stays as it is; the first adapter freezes the base.
         """
-        check_name(name, [*self.peft_config, *lifecycle.adapters_of(self.model)])
+        held = lifecycle.adapters_of(self.model)
+        check_name(name, [*self.peft_config, *held])
         if config.bias != "none" and (
             rival := next((n for n, c in self.peft_config.items() if c.bias != "none"), None)
         ):
@@ -144,7 +145,7 @@ class BaseTuner(nn.Module):
                 f"adapter {rival!r} trains the base's biases already; only one adapter may (bias={config.bias!r})."
             )
         self._meet(config)
-        adapted, active = bool(lifecycle.adapters_of(self.model)), self.active_adapters or [name]
+        adapted, active = bool(held), self.active_adapters or [name]
         before = Before(self.model)
         try:
             before.replicated = replication.replicate(self.model, config.layer_replication, adapted)
@@ -224,7 +225,7 @@ class BaseTuner(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The active adapters, in order."""
-        return next((h.active_adapters for _, h in hosts(self.model) if h.active_adapters), [])
+        return next((h.active_adapters for h in standing(self.model)[0] if h.active_adapters), [])
 
     @property
     def active_adapter(self) -> str | list[str]:

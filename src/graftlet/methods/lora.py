@@ -78,10 +78,11 @@ class LoRA(Delta):
 
     def link(self, layers: Mapping[str, Holder], adapter: str) -> None:
         """Tied layers that are to stay alike: each uses the embedding's factors."""
+        if not next(iter(layers.values())).view(adapter).ensure_weight_tying:
+            return
         views = {key: layer.view(adapter) for key, layer in layers.items()}
-        tied = [key for key, p in views.items() if p.ensure_weight_tying]
-        leaders = {id(views[k].site.weight): k for k in reversed(tied) if isinstance(views[k].site, Embedding)}
-        for key in tied:
+        leaders = {id(p.site.weight): k for k, p in reversed(views.items()) if isinstance(p.site, Embedding)}
+        for key in views:
             leader = leaders.get(id(views[key].site.weight), key)
             if leader == key:
                 continue

@@ -185,7 +185,7 @@ def _misfit(model: nn.Module, adapter: str, shapes: Mapping[str, Tensor]) -> sta
 @torch.no_grad()
 def _fill_missing(model: nn.Module, adapter: str, missing: list[str]) -> None:
     """A tensor that the file lacks must not stay without memory: it starts at zero, so it is the same every time."""
-    wanted = state.slots(model, adapter, configs_of(model)[adapter])
+    wanted = state.slots(model, adapter, configs_of(model)[adapter]) if missing else {}
     for key in missing:
         slot = wanted.get(key)
         if slot is not None and slot.host is not None and slot.tensor.is_meta:

@@ -67,7 +67,7 @@ class Site:
     @property
     def shape(self) -> torch.Size:
         """`(out, in, *kernel)`, or `(experts, out, in)` for a stack."""
-        return self.canonical(torch.empty(self.storage.shape(self.module, self.name), device="meta")).shape
+        return self.storage.shape(self.module, self.name)
 
     @property
     def features_out(self) -> int:
@@ -268,16 +268,24 @@ class Linear(Site):
         return F.linear(x, weight, bias)
 
 
-class Conv1D(Linear):
-    """transformers' `Conv1D`: a Linear that keeps its weight as `[in, out]`."""
+class Turned(Site):
+    """A weight that is kept as `[in, out]`."""
 
-    kinds = ("transformers.pytorch_utils.Conv1D",)
+    @property
+    def shape(self) -> torch.Size:
+        return super().shape[::-1]
 
     def canonical(self, kept: Tensor) -> Tensor:
         return kept.T
 
     def kept(self, canonical: Tensor) -> Tensor:
         return canonical.T
+
+
+class Conv1D(Turned, Linear):
+    """transformers' `Conv1D`: a Linear that keeps its weight as `[in, out]`."""
+
+    kinds = ("transformers.pytorch_utils.Conv1D",)
 
 
 class Conv(Site):
@@ -369,17 +377,11 @@ class Conv(Site):
         return [(slice(g * out, (g + 1) * out), slice(g * inner, (g + 1) * inner)) for g in range(self.groups)]
 
 
-class Embedding(Site):
+class Embedding(Turned):
     """`nn.Embedding` as a map of one-hot rows: in: vocabulary, out: dimension. An input map turns what is looked up."""
 
     kinds = ("torch.nn.modules.sparse.Embedding",)
     maps_output = True
-
-    def canonical(self, kept: Tensor) -> Tensor:
-        return kept.T
-
-    def kept(self, canonical: Tensor) -> Tensor:
-        return canonical.T
 
     @property
     def scale(self) -> Any:
@@ -470,6 +472,11 @@ class Parameter(Site):
             )
         self.stack = kept[0] if len(kept) == 3 else 0
         self.transposed = bool(self.stack) and getattr(owner, "is_transposed", False) is True
+
+    @property
+    def shape(self) -> torch.Size:
+        *stack, rows, columns = super().shape
+        return torch.Size((*stack, *((columns, rows) if self.transposed else (rows, columns))))
 
     def canonical(self, kept: Tensor) -> Tensor:
         return kept.transpose(-1, -2) if self.transposed else kept
