@@ -64,7 +64,8 @@ def _turn(logits: Tensor, targets: Tensor, losses: Tensor, cap: float) -> None:
     """Write the rows' losses, and over the logits `[n, vocabulary]` the gradient of each row's loss."""
     if logits.is_meta:
         return  # in their place, and nothing beside them
-    from .head_loss_triton import loss_and_gradient as kernel
+    from . import head_loss_triton
 
+    kernel: Any = head_loss_triton.loss_and_gradient
     n, width = logits.shape
     kernel[(n,)](logits, logits.stride(0), targets, losses, width, cap, IGNORED, cap > 0, 8192, num_warps=16)

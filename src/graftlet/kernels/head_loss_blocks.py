@@ -3,8 +3,8 @@
 
 With p = softmax(W h), the gradient of a row's loss is  sum_j p_j W_j - W_target.  It is an attention of the hidden states to
 the head's rows, so its sums are rescaled whenever a larger logit comes, and a block of logits is gone once it is in them.
-The target's own term is left out of the sum and comes last, as  (p - 1) W_target  with p - 1 by `expm1`: what is nearly
-certain keeps its digits, in half precision too.
+The target's own term is left out of the sums and comes last: the loss as  log(1 + others / own),  its gradient as
+(p - 1) W_target  with p - 1 by `expm1`. So what is nearly certain keeps its digits, in half precision too.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.prompt import IGNORED
@@ -25,13 +26,14 @@ LEAST = 256
 
 @dataclass
 class Sums:
-    """Of each row, over the logits so far: the largest one, and sums of what `exp(logit - largest)` weighs."""
+    """Of each row `[n, 1]`, over the logits so far: the largest one, and sums over all but the target's, where a logit
+    weighs `exp(logit - largest)`.
+    """
 
     largest: Tensor
     weight: Tensor
-    """Sum of the weights `[n, 1]`."""
     back: Tensor | None
-    """Sum of the head's rows `[n, features]`, but for the target's; None where no gradient is wanted."""
+    """The weighed sum of the head's rows `[n, features]`; None where no gradient is wanted."""
     target: Tensor
     """The target's logit, once it was there, and how fast it grows, which is 1 without a cap."""
     slope: Tensor
@@ -46,7 +48,7 @@ def loss_and_gradient(
         return _counted(hidden, W, b, targets, cap, learns)
     losses, back = _counted(hidden[counted], W, b, targets[counted], cap, learns)
     full = losses.new_zeros(len(targets)).index_copy_(0, counted, losses)
-    return full, None if back is None else torch.zeros_like(hidden).index_copy_(0, counted, back)
+    return full, None if back is None else back.new_zeros(hidden.shape).index_copy_(0, counted, back)
 
 
 def _counted(
@@ -66,12 +68,11 @@ def _counted(
             logits.add_(b[at : at + size])
         inside = _where((targets >= at) & (targets < at + size))
         _add(sums, logits, part, (inside, targets[inside] - at), cap)
-    losses = (sums.weight.log() + sums.largest - sums.target)[:, 0]
-    if back is None:
-        return losses, None
-    back.div_(sums.weight)
-    back.addcmul_(W[targets], torch.expm1(-losses)[:, None] * sums.slope)
-    return losses, back.to(hidden.dtype)
+    losses = F.softplus(sums.weight.log() + sums.largest - sums.target, threshold=40)
+    if back is not None:
+        back.div_(sums.weight.add_((sums.target - sums.largest).exp_()))
+        back.addcmul_(W[targets], torch.expm1(-losses) * sums.slope)
+    return losses[:, 0], back
 
 
 def _where(said: Tensor) -> Tensor:
@@ -91,12 +92,12 @@ def _add(sums: Sums, logits: Tensor, W: Tensor, own: tuple[Tensor, Tensor], cap:
     fade = (sums.largest - largest).exp_()
     sums.largest = largest
     z.sub_(largest).exp_()
+    z[own] = 0
     sums.weight.mul_(fade).add_(z.sum(1, keepdim=True))
     if sums.back is None:
         return
     if slope is not None:
         z.mul_(slope)
-    z[own] = 0
     sums.back.mul_(fade)
     if logits is z:
         sums.back.addmm_(z, W)

@@ -99,7 +99,7 @@ def _times(own: Tensor, b: Tensor) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """`x [rows, heads, tokens, size]` turned by `cos, sin [rows, 1, tokens, size]`: the halves of its last axis are the pairs."""
+    """`x [rows, heads, tokens, size]` turned by `cos, sin [rows, 1, tokens, size]`: its last axis's halves are the pairs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -129,3 +129,43 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> tuple[Any
     """Queries and keys `[rows, heads, tokens, size]` turned by their positions."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+
+
+class Dropout(torch.autograd.Function):
+    """Entries are zero with the probability `rate`, the others as much larger. A draw is how far it is to the next zero, so
+    that there are as many draws as zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+        zeros = _zeros(x.numel(), rate, x.device)
+        ctx.save_for_backward(zeros)
+        ctx.rate = rate
+        return _without(x, zeros, rate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (zeros,) = ctx.saved_tensors
+        return _without(grads[0], zeros, ctx.rate), None
+
+
+def _zeros(count: int, rate: float, device: torch.device) -> Tensor:
+    """Places, in their order: each of `count` with the probability `rate`, whatever the others are."""
+    if device.type == "meta":
+        return torch.empty(int(count * rate), dtype=torch.long, device=device)
+    parts, last = [torch.empty(0, dtype=torch.long, device=device)], -1
+    while last < count - 1:
+        likely = (count - last) * rate
+        steps = torch.empty(int(likely + 6 * likely**0.5) + 16, dtype=torch.long, device=device).geometric_(rate)
+        parts.append(steps.cumsum_(0).add_(last))
+        last = int(parts[-1][-1])
+    places = torch.cat(parts)
+    return places[: int(torch.searchsorted(places, count))]
+
+
+def _without(x: Tensor, zeros: Tensor, rate: float) -> Tensor:
+    y = x.new_empty(x.shape)  # in one piece, whatever x is
+    torch.mul(x, 1 / (1 - rate), out=y)
+    y.view(-1).index_fill_(0, zeros, 0)
+    return y

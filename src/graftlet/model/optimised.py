@@ -64,8 +64,9 @@ def optimize_model(model: Model) -> Model:
     why = unavailable(core)
     replaced: Counter[str] = Counter()
     if why is None:
+        fusions = FUSIONS | (ON_A_CPU if kind_of(next(core.parameters())) == "cpu" else {})
         for module in list(core.modules()):
-            for what, found in FUSIONS.items():
+            for what, found in fusions.items():
                 if "forward" not in module.__dict__ and (forward := found(module)) is not None:
                     module.__dict__["forward"] = types.MethodType(forward, module)
                     replaced[what] += 1
@@ -155,9 +156,7 @@ def norm(module: nn.Module) -> Forward | None:
 
 
 @functools.cache
-def _norm_of(
-    fused: Any, kind: type, dtype: torch.dtype, device: torch.device, size: int, eps: float
-) -> Forward | None:
+def _norm_of(fused: Any, kind: type, dtype: torch.dtype, device: torch.device, size: int, eps: float) -> Forward | None:
     x, W = (torch.randn(*shape, device=device).to(dtype) for shape in ((5, size), (size,)))
     stand_in: Any = nn.Module.__new__(kind)
     nn.Module.__init__(stand_in)
@@ -270,10 +269,11 @@ def _rotation_of(fused: Any, plain: Any, device: torch.device) -> Any:
     if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True)):
         return None
 
-    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As tried: all of each head, which is the second axis."""
         tried = not args and not kwargs and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
-        return fused(q, k, cos, sin) if tried else plain(q, k, cos, sin, *args, **kwargs)
+        turn: Any = fused if tried else plain
+        return turn(q, k, cos, sin, *args, **kwargs)
 
     return turned
 
@@ -346,3 +346,22 @@ FUSIONS: dict[str, Callable[[nn.Module], Forward | None]] = {
     "rotations": rotation,
     "heads": headed,
 }
+
+
+# dropout
+
+
+def dropout(module: nn.Module) -> Forward | None:
+    """A module that drops entries of its input: others than the plain one would have from the same seed."""
+    if type(module) is not nn.Dropout or module.inplace or not 0 < module.p < 1:
+        return None
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if self.training and 0 < self.p < 1 and kind_of(input) == "cpu":
+            return cast(Tensor, plain_ops.Dropout.apply(input, self.p))
+        return F.dropout(input, self.p, self.training)
+
+    return marked(forward)
+
+
+ON_A_CPU: dict[str, Callable[[nn.Module], Forward | None]] = {"dropouts": dropout}
