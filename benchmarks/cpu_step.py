@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA step on a CPU: a model of SmolLM2-135M's shape in float32, batch 4 x 128, forward, backward and AdamW; Graftlet and
-the reference in processes of their own, alternating; medians, and the most memory that each process has held.
+"""A LoRA step on a CPU: a model of SmolLM2-135M's shape in float32, batch 4 x 128, forward, backward and AdamW; Graftlet, with
+`optimize_model` and without, and the reference in processes of their own, alternating. Medians of the step's time, the least
+time that the processor worked for one (other work on the machine is not in it, but for what it takes of the caches), the part
+of it that products are, and the most memory that each process has held.
 
     python benchmarks/cpu_step.py [--threads 2] [--rounds 3] [--out benchmarks/results]
 """
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA r=16, checkpointing": {"checkpointing": True},
 }
 WARMUPS, STEPS = 2, 6
-LIBRARIES = {"graftlet": "graftlet", "reference": "peft"}
+LIBRARIES = {"graftlet": "graftlet", "optimised": "graftlet", "reference": "peft"}
 
 
 def run(who: str, case: str, threads: int) -> dict[str, float]:
-    """In a process of its own: the median step in milliseconds, and MB held before the steps and at most."""
+    """In a process of its own: the step in milliseconds, and MB held before the steps and at most."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,17 +52,38 @@ def run(who: str, case: str, threads: int) -> dict[str, float]:
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if who == "optimised":
+        library.optimize_model(model)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, 49152, (4, 128))
-    times, before = [], held()
-    for _ in range(WARMUPS + STEPS):
-        start = time.perf_counter()
+    times, worked, before = [], [], held()
+
+    def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
+
+    for _ in range(WARMUPS + STEPS):
+        start, busy = time.perf_counter(), time.process_time()
+        step()
         times.append(1000 * (time.perf_counter() - start))
+        worked.append(1000 * (time.process_time() - busy))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    return {"ms": statistics.median(times[WARMUPS:]), "before": before, "peak": peak}
+    found = {"ms": statistics.median(times[WARMUPS:]), "busy": min(worked[WARMUPS:]), "before": before, "peak": peak}
+    return {**found, "products": products(step)}
+
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+
+
+def products(step: Callable[[], None]) -> float:
+    """The share of a step's operations, by time, that matrix products are."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as told:
+        step()
+    own = {event.key: event.self_cpu_time_total for event in told.key_averages()}
+    return sum(own.get(name, 0.0) for name in PRODUCTS) / sum(own.values())
 
 
 def held() -> float:
@@ -67,20 +91,35 @@ def held() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+KEYS: dict[str, Any] = {
+    "ms": statistics.median,
+    "busy": min,
+    "products": statistics.median,
+    "before": statistics.median,
+    "peak": statistics.median,
+    "step's own": statistics.median,
+}
+"""What is told of each, and how it comes from several runs. Times in milliseconds, memory in MB."""
+
+
 def compared(case: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Both libraries, one after another, several times."""
+    """All of them, one after another, several times."""
     found: dict[str, list[dict[str, float]]] = {who: [] for who in LIBRARIES}
     for _ in range(rounds):
         for who in LIBRARIES:
             command = [sys.executable, __file__, "--who", who, "--case", case, "--threads", str(threads)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found[who].append(json.loads(done.stdout.splitlines()[-1]))
+    for runs in found.values():
+        for one in runs:
+            one["step's own"] = one["peak"] - one["before"]
     row: dict[str, Any] = {"what": case}
-    for key in ("ms", "before", "peak"):
-        middle = {who: round(statistics.median(r[key] for r in runs), 1) for who, runs in found.items()}
-        row[key] = {**middle, "ratio": round(middle["graftlet"] / middle["reference"], 3)}
-    steps = {who: row["peak"][who] - row["before"][who] for who in LIBRARIES}
-    row["step's own MB"] = {**steps, "ratio": round(steps["graftlet"] / steps["reference"], 3)}
+    for key, of in KEYS.items():
+        middle = {who: of(r[key] for r in runs) for who, runs in found.items()}
+        row[key] = {who: round(value, 3 if value < 1 else 1) for who, value in middle.items()}
+        if key != "products":
+            row[key]["ratio"] = round(middle["graftlet"] / middle["reference"], 3)
+            row[key]["ratio, optimised"] = round(middle["optimised"] / middle["reference"], 3)
     print(json.dumps(row), flush=True)
     return row
 

@@ -50,7 +50,7 @@ def _evidence(*groups: tuple[Feature, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-_CPU = (f.ADAPTERS, f.MODELS, f.RECIPE, f.GGUF, f.ADAMSS, f.STEP, f.HALF)
+_CPU = (f.ADAPTERS, f.MODELS, f.RECIPE, f.GGUF, f.ADAMSS, f.STEP, f.PASSES, f.HALF)
 _CUDA = (f.CUDA, f.MODELS, f.RECIPE, f.STEP, f.DROPOUT, f.HALVES, f.FUSED)
 _SEVERAL = (f.FSDP, f.DEEPSPEED)
 _SERVING = (f.SERVING, f.MODELS, f.STEP)
@@ -60,7 +60,7 @@ PAGES = (
         name="cpu",
         title="CPU",
         text="Everything runs on a CPU: training, saving, merging, serving. It is where the tests run. The quick way of LoRA "
-        "is on here too; fused operations are not.",
+        "is on here too, and `optimize_model` needs no other package here.",
         device="any CPU; bfloat16 is quick only with instructions for it",
         driver="none",
         install='pip install "graftlet[train]" --extra-index-url https://download.pytorch.org/whl/cpu',

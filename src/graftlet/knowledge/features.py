@@ -254,6 +254,14 @@ STEP = Feature(
     note="Runs on linear layers, plain or of 4 bits. Declines, and leaves it to the plain way: under `torch.compile`, autocast "
     "(but for 4 bits) and transforms of functions; on layers with hooks or a bias or weight that learns.",
 )
+PASSES = Feature(
+    "operations-cpu",
+    "Norms, rotations, gates, dropout and head in fewer passes (`optimize_model`)",
+    uses=("graftlet.model.optimised:optimize_model", "graftlet.kernels.head_loss_blocks:loss_and_gradient"),
+    optional=True,
+    note="Each operation is tried beside the model's own, and replaced where both agree; "
+    "`graftlet.optimised(model)` says what was. Dropout draws other entries from the same seed.",
+)
 HALF = Feature(
     "bfloat16-cpu",
     "bfloat16 on this CPU at full speed",

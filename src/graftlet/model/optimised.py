@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faster operations for the base model itself: norms, rotations, gated products, the head with its loss (liger-kernel).
+"""Faster operations for the base model itself: norms, rotations, gated products, the head with its loss.
 
     optimize_model(model)        # one model object is changed, no class and no module of transformers
     restore_model(model)         # as it was
 
 Nothing is taken on trust: each operation of the model is tried beside the fused one on a few numbers, and replaced where
-both give the same. So a family that nobody thought of is served as far as it is built like the others.
+both give the same. So a family that nobody thought of is served as far as it is built like the others. On CUDA they are
+liger-kernel's, on a CPU our own in plain torch (`kernels/plain_ops.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from ..core.kernel import kind_of
 from ..core.prompt import CACHES, IGNORED
+from ..kernels import fused_shapes, plain_ops
 from ..kernels.gated import pulled
 from ..kernels.head_loss import HeadLoss
 from ..kernels.recipe import noted
@@ -54,7 +56,8 @@ def optimize_model(model: Model) -> Model:
     """Let a transformers model compute with fused operations where they are equal; the model itself is returned.
 
     Adapters, their keys, merging and saving stay as they are. In training with labels, a causal language model gives its
-    loss and no logits. `optimised(model)` says what was done. On a machine without CUDA, Triton or liger-kernel nothing is.
+    loss and no logits. `optimised(model)` says what was done. Nothing is on other devices than CUDA, which needs Triton and
+    liger-kernel, and a CPU, which needs neither.
     """
     core = _core(model)
     if PLACE in core.__dict__:
@@ -62,8 +65,9 @@ def optimize_model(model: Model) -> Model:
     why = unavailable(core)
     replaced: Counter[str] = Counter()
     if why is None:
+        fusions = FUSIONS | (ON_A_CPU if kind_of(next(core.parameters())) == "cpu" else {})
         for module in list(core.modules()):
-            for what, found in FUSIONS.items():
+            for what, found in fusions.items():
                 if "forward" not in module.__dict__ and (forward := found(module)) is not None:
                     module.__dict__["forward"] = types.MethodType(forward, module)
                     replaced[what] += 1
@@ -90,8 +94,10 @@ def optimised(model: nn.Module) -> Optimised | None:
 def unavailable(model: nn.Module) -> str | None:
     """Why fused operations cannot run for a model here; None where they can."""
     parameter = next(model.parameters())
-    if (kind := kind_of(parameter)) != "cuda":
-        return f"the model is on {kind}, and the fused operations need CUDA"
+    if (kind := kind_of(parameter)) == "cpu":
+        return None
+    if kind != "cuda":
+        return f"the model is on {kind}, and the fused operations need CUDA or a CPU"
     for package in () if parameter.is_meta else ("triton", "liger_kernel"):
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install {package.replace('_', '-')}"
@@ -119,13 +125,13 @@ PLACES = {
     "gelu": ("liger_kernel.ops.geglu:LigerGELUMulFunction", "GELUMul"),
     "rotary": ("liger_kernel.transformers.rope:liger_rotary_pos_emb", "rotary"),
 }
-"""Where each fused operation is, and what stands for it where a model has no data."""
+"""Where each fused operation of CUDA is, and the name of what it is on a CPU, and of what stands for it without data."""
 
 
 def _fused(name: str, device: torch.device) -> Any:
-    place, stand_in = PLACES[name]
-    if device.type == "meta":
-        return getattr(importlib.import_module("graftlet.kernels.fused_shapes"), stand_in)
+    place, ours = PLACES[name]
+    if (kind := kind_of(torch.empty(0, device=device))) == "cpu" or device.type == "meta":
+        return getattr(plain_ops if kind == "cpu" else fused_shapes, ours)
     home, _, attribute = place.partition(":")
     return getattr(importlib.import_module(home), attribute)
 
@@ -146,13 +152,13 @@ def norm(module: nn.Module) -> Forward | None:
     weight = module._parameters.get("weight")
     if "RMSNorm" not in type(module).__name__ or weight is None or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    return _norm_of(type(module), weight.dtype, weight.device, len(weight), eps)
+    fused = _fused("norm", weight.device)
+    return _norm_of(fused, type(module), weight.dtype, _trial(weight.device), len(weight), eps)
 
 
 @functools.cache
-def _norm_of(kind: type, dtype: torch.dtype, device: torch.device, size: int, eps: float) -> Forward | None:
-    fused = _fused("norm", device)
-    x, W = (torch.randn(*shape, device=_trial(device)).to(dtype) for shape in ((5, size), (size,)))
+def _norm_of(fused: Any, kind: type, dtype: torch.dtype, device: torch.device, size: int, eps: float) -> Forward | None:
+    x, W = (torch.randn(*shape, device=device).to(dtype) for shape in ((5, size), (size,)))
     stand_in: Any = nn.Module.__new__(kind)
     nn.Module.__init__(stand_in)
     stand_in.weight = nn.Parameter(W)
@@ -244,7 +250,8 @@ def rotation(module: nn.Module) -> Forward | None:
     plain = inspect.unwrap(type(module).forward)
     if not isinstance(plain, types.FunctionType) or ROTATION not in plain.__code__.co_names:
         return None
-    fused = _rotation_of(plain.__globals__.get(ROTATION), next(module.parameters()).device)
+    device = next(module.parameters()).device
+    fused = _rotation_of(_fused("rotary", device), plain.__globals__.get(ROTATION), _trial(device))
     if fused is None:
         return None
     scope = {**plain.__globals__, ROTATION: fused}
@@ -254,8 +261,7 @@ def rotation(module: nn.Module) -> Forward | None:
 
 
 @functools.cache
-def _rotation_of(plain: Any, device: torch.device) -> Any:
-    fused, device = _fused("rotary", device), _trial(device)
+def _rotation_of(fused: Any, plain: Any, device: torch.device) -> Any:
     if not callable(plain):
         return None
     q, k = torch.randn(2, 4, 3, 16, device=device), torch.randn(2, 2, 3, 16, device=device)
@@ -265,8 +271,16 @@ def _rotation_of(plain: Any, device: torch.device) -> Any:
     except Exception:  # another signature, another rotation
         return None
     found = fused(q.clone(), k.clone(), cos, sin)
-    same = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
-    return fused if same else None
+    if not all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True)):
+        return None
+
+    def turned(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As tried: all of each head, which is the second axis."""
+        tried = not args and not kwargs and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
+        turn: Any = fused if tried else plain
+        return turn(q, k, cos, sin, *args, **kwargs)
+
+    return turned
 
 
 # the head and its loss
@@ -337,3 +351,22 @@ FUSIONS: dict[str, Callable[[nn.Module], Forward | None]] = {
     "rotations": rotation,
     "heads": headed,
 }
+
+
+# dropout
+
+
+def dropout(module: nn.Module) -> Forward | None:
+    """A module that drops entries of its input: others than the plain one would have from the same seed."""
+    if type(module) is not nn.Dropout or module.inplace or not 0 < module.p < 1:
+        return None
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if self.training and 0 < self.p < 1 and kind_of(input) == "cpu":
+            return cast(Tensor, plain_ops.Dropout.apply(input, self.p))
+        return F.dropout(input, self.p, self.training)
+
+    return marked(forward)
+
+
+ON_A_CPU: dict[str, Callable[[nn.Module], Forward | None]] = {"dropouts": dropout}

@@ -190,7 +190,7 @@ def estimate(
             implementation that transformers is asked for.
         quantisation: nf4, fp4 or int8. double: scales are quantised too. skip: layers that are not. prepared: with
             `prepare_model_for_kbit_training`, which keeps norms, embeddings and the head in float32.
-        optimised: with `optimize_model`, on CUDA. padding: rows differ in length, so that there is an attention mask.
+        optimised: with `optimize_model`, on CUDA or a CPU. padding: rows differ in length, so that there is an attention mask.
         device: a name of the table ("H100", "RTX 4090"), "cuda" or "cpu" for this machine's; the best here unless given.
 
     Raises:

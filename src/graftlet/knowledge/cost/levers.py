@@ -22,7 +22,7 @@ class Change:
 
 def changes_of(setup: Setup) -> Iterator[Change]:
     """The levers that this setup has, those first that change nothing of what is computed."""
-    if setup.device.kind == "cuda" and not setup.optimised:
+    if setup.device.kind in ("cuda", "cpu") and not setup.optimised:
         yield Change("optimised", "graftlet.optimize_model(model)", {"optimised": True})
     if not setup.checkpointing:
         yield Change(

@@ -70,7 +70,7 @@ def accumulate_small_batches(facts: Facts) -> bool:
 @heuristic(
     "The logits of a large vocabulary",
     when="Logits and their gradient take more than a quarter of the device (or 2 GiB).",
-    do="`optimize_model(model)` on CUDA: head and loss some rows at a time. `graftlet train` leaves out the logits before the "
+    do="`optimize_model(model)`: head and loss a part at a time. `graftlet train` leaves out the logits before the "
     "first answer by itself.",
     effect="Of a training step's peak {share:.0%} went, where logits were made of the last tenth of each row alone "
     "(vocabulary 32,000, width 64)",
@@ -108,7 +108,7 @@ def kernels_off(facts: Facts) -> bool:
 @heuristic(
     "Dropout and what it keeps",
     when="A low-rank method with dropout, where Triton's kernel cannot hold it as bits: not on CUDA.",
-    do="Leave dropout out unless the data is small; on CUDA it costs little.",
+    do="Leave dropout out unless the data is small; on CUDA it costs little, and on a CPU little time with `optimize_model`.",
     effect="On a CPU dropout of 0.05 puts the peak up by {more:.0%}",
     also=(
         cited(
