@@ -74,7 +74,7 @@ class Copies:
         return found if found is not None and found.parts[0] is copy else None
 
     def _make(self, like: Tensor, dtype: torch.dtype) -> None:
-        if in_parts(like):
+        if in_parts(like) or like.is_meta:
             return
         done = self.asked.tensors.keys() - {id(like)}
         known = [self._before.tensors[key]() for key in self._before.order() if key not in done]
