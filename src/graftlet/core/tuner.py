@@ -19,7 +19,7 @@ from .block import BlockHost
 from .combine import Fit
 from .context import current
 from .dense import dequantised
-from .host import check_known, check_name, home_of, hosts, modules, standing
+from .host import check_known, check_name, home_of, hosts, modules
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Allocator, Method
@@ -225,7 +225,7 @@ class BaseTuner(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The active adapters, in order."""
-        return next((h.active_adapters for h in standing(self.model)[0] if h.active_adapters), [])
+        return next((h.active_adapters for _, h in hosts(self.model) if h.active_adapters), [])
 
     @property
     def active_adapter(self) -> str | list[str]:

@@ -273,7 +273,7 @@ class Turned(Site):
 
     @property
     def shape(self) -> torch.Size:
-        return super().shape[::-1]
+        return self.storage.shape(self.module, self.name)[::-1]
 
     def canonical(self, kept: Tensor) -> Tensor:
         return kept.T
@@ -475,7 +475,7 @@ class Parameter(Site):
 
     @property
     def shape(self) -> torch.Size:
-        *stack, rows, columns = super().shape
+        *stack, rows, columns = self.storage.shape(self.module, self.name)
         return torch.Size((*stack, *((columns, rows) if self.transposed else (rows, columns))))
 
     def canonical(self, kept: Tensor) -> Tensor:
