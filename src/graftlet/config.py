@@ -33,7 +33,7 @@ from .errors import (
     warn,
 )
 from .files import find_file, write_atomically
-from .pair import read_config
+from .pair import digest, read_config
 from .patterns import endings
 from .registry import lookup
 from .tensorfile import deeper, once
@@ -125,6 +125,7 @@ class PeftConfig:
     """The keys of `rank_pattern` and `alpha_pattern`, where there are such fields, name ends of paths."""
 
     was_read = False
+    digest = ""  # of the text that it was read from
     """Whether it stood in a file, or a dictionary, rather than in code."""
 
     needs_steps: ClassVar[str | None] = None
@@ -245,9 +246,11 @@ class PeftConfig:
         """
         hub = {k: kwargs.pop(k) for k in list(kwargs) if k in _HUB_ARGUMENTS}
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
-        values = read_json(path)
+        text = read_config(path)
+        values = parsed(text, path)
         made = cls.from_dict({**values, **kwargs}, origin=str(path))
         made.check_file(values, str(path))
+        made.digest = digest(text)
         return made
 
     @classmethod

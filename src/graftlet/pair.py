@@ -75,17 +75,17 @@ def _arrived(folder: Path, journal: Mapping[str, str]) -> bool:
     return "pickle" in journal and (folder / PICKLE).is_file() and sum_of(folder / PICKLE) == journal["pickle"]
 
 
-def belongs(config: Path, metadata: Mapping[str, str]) -> bool:
-    """Whether weights with these metadata were saved with this config; also where they do not say with which."""
-    return metadata.get(DIGEST) in (None, digest(read_config(config)))
+def belongs(config: str, metadata: Mapping[str, str]) -> bool:
+    """Whether weights with these metadata were saved with the config of this digest; also where they do not say with which."""
+    return metadata.get(DIGEST) in (None, config)
 
 
-def check_pair(config: Path, metadata: Mapping[str, str], strict: bool = False) -> None:
-    """Say so where weights belong to another config than the one beside them; an error if `strict`."""
+def check_pair(config: str, path: Path, metadata: Mapping[str, str], strict: bool = False) -> None:
+    """Say so where weights belong to another config than the one beside them, of this digest; an error if `strict`."""
     if belongs(config, metadata):
         return
     message = (
-        f"{config} is not the config that the weights beside it were saved with: the two are of different saves, or it was "
+        f"{path} is not the config that the weights beside it were saved with: the two are of different saves, or it was "
         "edited since. Its settings are used."
     )
     if strict:

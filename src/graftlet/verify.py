@@ -162,7 +162,9 @@ def _weights(folder: Path, found: Findings) -> None:
     with path.open("rb") as file:
         if (key := first_unfinite(file, header)) is not None:
             found.wrong.append(f"{shown(key)} holds NaN or Inf.")
-    if (folder / pair.CONFIG).is_file() and not pair.belongs(folder / pair.CONFIG, header.metadata):
+    if (folder / pair.CONFIG).is_file() and not pair.belongs(
+        pair.digest(pair.read_config(folder / pair.CONFIG)), header.metadata
+    ):
         found.notes.append(
             "the config is not the one that the weights were saved with: of another save, or edited since."
         )

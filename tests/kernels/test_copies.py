@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graftlet import LoraConfig, PeftModel, get_peft_model
 from graftlet.core import copies
+from graftlet.core.host import home_of
 from graftlet.core.kernel import SWITCH, kernels
 from graftlet.kernels import lowrank
 
@@ -178,6 +180,18 @@ def test_another_adapter_has_copies_of_its_own(counted: list[int], singly: Any) 
         model.set_adapter(name)
         assert torch.equal(stepped(model, x)["y"], singly(model, x)["y"])
     assert counted == [TENSORS - FIRST + 1] * 2  # each adapter's second call in a row
+
+
+def test_what_is_gone_is_not_taken_for_what_has_its_place(singly: Any) -> None:
+    model, x = made(), torch.randn(4, 8, dtype=torch.bfloat16)
+    stepped(model, x)
+    home = home_of(model.get_base_model())
+    gone = [nn.Parameter(torch.ones(1)) for _ in home.asked.tensors]
+    home.asked.tensors = dict(
+        zip(home.asked.tensors, map(weakref.ref, gone), strict=True)
+    )  # their numbers, given again
+    gone.clear()
+    assert torch.equal(stepped(model, x)["y"], singly(model, x)["y"])
 
 
 def test_copies_of_a_model_start_without() -> None:

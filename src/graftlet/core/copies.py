@@ -34,6 +34,11 @@ class Asked:
     def __reduce__(self) -> tuple[type[Asked], tuple[()]]:
         return Asked, ()
 
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether a copy of this very tensor was asked for."""
+        found = self.tensors.get(id(tensor))
+        return found is not None and found() is tensor  # ids are given again
+
     def order(self) -> list[int]:
         """The tensors as they were asked for, but those that met one after another."""
         return list(dict.fromkeys(key for first in self.tensors for key in self.met.get(first, [first])))
@@ -62,7 +67,7 @@ class Copies:
             return tensor
         key, asked = id(tensor), self.asked.tensors
         asked[key] = weakref.ref(tensor)
-        if len(asked) == FIRST and key in self._before.tensors:
+        if len(asked) == FIRST and self._before.knows(tensor):
             self._make(tensor, dtype)
         source, version, made = self._made.get(key, (None, 0, tensor))
         fits = source is tensor and version == tensor._version and self._place == _place(tensor, dtype)
@@ -79,6 +84,8 @@ class Copies:
         done = self.asked.tensors.keys() - {id(like)}
         known = [self._before.tensors[key]() for key in self._before.order() if key not in done]
         every = [t for t in known if t is not None and _at_hand(t, like)]
+        if not every:
+            return
         sizes = [-(-t.numel() // GRAIN) * GRAIN for t in every]
         room = torch.empty(sum(sizes), dtype=dtype, device=like.device)
         copies = [

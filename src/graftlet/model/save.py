@@ -278,6 +278,10 @@ class Checks:
         return cls(bool(arguments.pop("verify_base", False)), bool(arguments.pop("manifest", False)))
 
 
+TRIES = 20
+"""So often an adapter is read again while others save it."""
+
+
 def opened(
     source: str | os.PathLike[str], config: PeftConfig | None, checks: Checks, **arguments: Any
 ) -> tuple[PeftConfig, Stored]:
@@ -290,9 +294,11 @@ def opened(
     held = stored(source, **arguments)
     path = held.path.with_name(pair.CONFIG)
     if config is None and path.is_file():
-        if not pair.belongs(path, held.metadata):  # a save may have come between reading the one and the other
+        for _ in range(TRIES):  # a save may have come between reading the one and the other
+            if pair.belongs(given.digest, held.metadata):
+                break
             given, held = PeftConfig.from_pretrained(source, **hub), stored(source, **arguments)
-        pair.check_pair(path, held.metadata, errors.strict())
+        pair.check_pair(given.digest, path, held.metadata, errors.strict())
     pair.check_sums(held.path.parent, checks.manifest)
     return given, held
 
