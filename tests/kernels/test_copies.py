@@ -186,6 +186,7 @@ def test_what_is_gone_is_not_taken_for_what_has_its_place(singly: Any) -> None:
     model, x = made(), torch.randn(4, 8, dtype=torch.bfloat16)
     stepped(model, x)
     home = home_of(model.get_base_model())
+    assert home.asked is not None
     gone = [nn.Parameter(torch.ones(1)) for _ in home.asked.tensors]
     home.asked.tensors = dict(
         zip(home.asked.tensors, map(weakref.ref, gone), strict=True)

@@ -34,7 +34,7 @@ class Home:
 
     def __init__(self) -> None:
         self.traffic = Traffic()
-        self.asked = Asked()
+        self.asked: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -199,11 +199,10 @@ def using(call: Call | None) -> Iterator[None]:
 @contextmanager
 def copying(home: Home) -> Iterator[None]:
     """Let the layers of a model have copies of what learns, all made in one step, until the block ends."""
-    copies = Copies(home.asked)
+    copies = Copies(home.asked or Asked())
     with using(replace(current() or Call(), copies=copies)):
         yield
-    if copies.asked.tensors:
-        home.asked = copies.asked
+    home.asked = copies.asked
 
 
 def copies() -> Copies | None:

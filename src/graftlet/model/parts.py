@@ -55,7 +55,7 @@ def with_copies(model: nn.Module) -> Iterator[None]:
         yield
         return
     home = home_of(model)
-    if not home.asked.tensors:
+    if home.asked is None:
         carry_context(model)  # once: it looks at every module. Where checkpointing begins later, casts are made anew
     with copying(home):
         yield
