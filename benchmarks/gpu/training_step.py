@@ -46,6 +46,7 @@ def base(small: bool) -> LlamaForCausalLM:
 
 def release() -> None:
     gc.collect()
+    gc.freeze()  # the collector would look through what earlier cases left, as in no process that trains one adapter
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
