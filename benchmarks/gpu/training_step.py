@@ -15,7 +15,7 @@ import gc
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,11 @@ def gradients(model: Any, ids: torch.Tensor) -> tuple[float, dict[str, torch.Ten
     return loss.item(), {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def farthest(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """How far what was found is from what was wanted, by norms, at the worst."""
+    return max(float((found - wanted).detach().norm() / wanted.detach().norm()) for found, wanted in pairs)
+
+
 def check_dropout() -> list[str]:
     """Products with dropout beside the same products with the very entries dropped that the bits say."""
     if DEVICE != "cuda":
@@ -186,7 +191,7 @@ def check_dropout() -> list[str]:
             "spread": (kernels.spread(dh, A, words, None), (dh.double() @ A.double()) * mask),
             "added": (kernels.spread(dh, A, words, x.clone()), (dh.double() @ A.double()) * mask + x),
         }
-        worst = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs.values())
+        worst = farthest(pairs.values())
         share = float(mask.float().mean())
         good = worst < 1e-2 and abs(share - 0.7) < 5 * (0.21 / (n * k)) ** 0.5
         said.append(f"{'passed' if good else 'FAILED'} dropout {n, k, r}: worst {worst:.1e}, kept {share:.3f}")
@@ -211,7 +216,7 @@ def check_gain() -> list[str]:
             "dgain": (dgain, (dy.double() * z).sum(0)),
             "norms": (kernels.norms((W**2).sum(1), W @ A.t(), B, A @ A.t(), 0.7), (W + 0.7 * B @ A).norm(dim=1)),
         }
-        worst = max(float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs.values())
+        worst = farthest(pairs.values())
         said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gain {n, m, r}: worst {worst:.1e}")
     return said
 
@@ -230,7 +235,7 @@ def check_gated() -> list[str]:
         y = act(parts[0]) * parts[1]
         wanted = [y, *torch.autograd.grad(y, parts, d.double())]
         made, grads = pulled(name, d, a, b)
-        worst = max(float((f - w).norm() / w.norm()) for f, w in zip((made, *grads), wanted, strict=True))
+        worst = farthest(zip((made, *grads), wanted, strict=True))
         said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gated {name}: worst {worst:.1e}")
     model = base(small=True)
     made = graftlet.optimize_model(adapted(graftlet, model, {}))

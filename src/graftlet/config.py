@@ -125,8 +125,9 @@ class PeftConfig:
     """The keys of `rank_pattern` and `alpha_pattern`, where there are such fields, name ends of paths."""
 
     was_read = False
-    digest = ""  # of the text that it was read from
     """Whether it stood in a file, or a dictionary, rather than in code."""
+    digest = ""
+    """Of the text that it was read from."""
 
     needs_steps: ClassVar[str | None] = None
     """The field, if there is one, that says how many steps training will take."""

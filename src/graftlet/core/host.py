@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 
 from ..errors import AdapterNameError, MergeError, UnmergedWarning, listing, nearest, warn
-from ..weights.site import Weighted
+from ..weights.product import Weighted
 from .context import BASE, Call, Home, current
 from .tensors import Box, Common
 

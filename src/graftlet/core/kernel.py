@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -52,6 +53,14 @@ def kernels(what: str = "adapter") -> tuple[Kernel, ...]:
         return ()
     places = (place.partition(":") for place in KERNELS[what])
     return tuple(getattr(importlib.import_module(home), name) for home, _, name in places)
+
+
+@functools.cache
+def in_triton(name: str) -> Any:
+    """A module of kernels that are written in Triton, where that is installed; else None."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(f"graftlet.kernels.{name}")
 
 
 def fast(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:

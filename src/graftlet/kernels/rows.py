@@ -7,15 +7,12 @@ ready in the calls that warm up for a graph, which run on a stream of their own.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.kernel import capturing
+from ..core.kernel import capturing, in_triton
 
 LARGEST = 128
 """The largest rank that the tiles are made for."""
@@ -25,7 +22,7 @@ _ready: set[tuple[Any, ...]] = set()
 
 def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tensor | None:
     """y `[n, 1, m]`, written over, with what each row's adapter adds; None where the plain way is as good."""
-    if not x.is_cuda or x.shape[1] != 1 or A.shape[1] > LARGEST or not (kernel := _kernel()):
+    if not x.is_cuda or x.shape[1] != 1 or A.shape[1] > LARGEST or not (kernel := in_triton("rows_triton")):
         return None
     key = (x.dtype, x.device, A.shape[1:], B.shape[1], x.stride(0), y.stride(0))
     warms_up = torch._C._cuda_getCurrentRawStream(x.device.index) != 0  # the default stream
@@ -34,11 +31,3 @@ def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tensor |
     _ready.add(key)
     kernel.added(y[:, 0], x[:, 0], A, B, owner)
     return y
-
-
-@functools.cache
-def _kernel() -> Any:
-    """The kernels' module, where Triton is there."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("graftlet.kernels.rows_triton")

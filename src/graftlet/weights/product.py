@@ -20,6 +20,14 @@ class Product(NamedTuple):
     casts: bool = False
 
 
+class Weighted(nn.Module):
+    """A module that stands in for a layer and can tell the weight it works with."""
+
+    def effective(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias as adapted, in the layer's own layout."""
+        raise NotImplementedError
+
+
 def watched(module: nn.Module) -> bool:
     """Whether anything is done before or after a call of a module, or in its place."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -17,20 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import MergeError, UnsupportedLayerError
-from .product import Product, watched
+from .product import Product, Weighted, watched
 from .storage import PLAIN, Storage, packed, qualified, storage_of, unusable
 from .whole import in_use, own_part, put, put_part, whole_of
 
 Map = Callable[[Tensor], Tensor]
 """A linear map on the last dimension."""
-
-
-class Weighted(nn.Module):
-    """A module that stands in for a layer and can tell the weight it works with."""
-
-    def effective(self) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias as adapted, in the layer's own layout."""
-        raise NotImplementedError
 
 
 class Site:
