@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -226,17 +227,25 @@ def check_gated() -> list[str]:
     if DEVICE != "cuda":
         return ["skipped gated: no CUDA"]
     from graftlet.kernels.gated import pulled
+    from graftlet.kernels.recipe import Thin
 
     said = []
     acts = {"silu": torch.nn.functional.silu, "gelu": lambda x: torch.nn.functional.gelu(x, approximate="tanh")}
-    for name, act in acts.items():
-        a, b, d = (torch.randn(37, 530, device=DEVICE).bfloat16() for _ in "abd")
+    for name, (n, m, ranks) in itertools.product(
+        acts, ((37, 530, (0, 0, 0)), (37, 530, (5, 7, 16)), (300, 1024, (16, 0, 32)))
+    ):
+        a, b, d = (torch.randn(n, m, device=DEVICE).bfloat16() for _ in "abd")
+        dh, *hs = (torch.randn(n, 40, device=DEVICE).bfloat16()[:, :r] if r else None for r in ranks)
         parts = [t.double().requires_grad_() for t in (a, b)]
-        y = act(parts[0]) * parts[1]
-        wanted = [y, *torch.autograd.grad(y, parts, d.double())]
-        made, grads = pulled(name, d, a, b)
-        worst = farthest(zip((made, *grads), wanted, strict=True))
-        said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gated {name}: worst {worst:.1e}")
+        y = acts[name](parts[0]) * parts[1]
+        grads = torch.autograd.grad(y, parts, d.double())
+        found = pulled(name, d, dh, [None if h is None else Thin(h, 0.7) for h in hs], (a, b))
+        pairs = [*zip(found.grads, grads, strict=True)]
+        pairs.append((found.made, y) if dh is None else (found.dA, dh.double().T @ y))
+        hows = zip(hs, grads, found.dBs, strict=True)
+        pairs += [(dB, 0.7 * dy.T @ h.double()) for h, dy, dB in hows if h is not None]
+        worst = farthest(pairs)
+        said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gated {name} {n, m, *ranks}: worst {worst:.1e}")
     model = base(small=True)
     made = graftlet.optimize_model(adapted(graftlet, model, {}))
     ids = torch.randint(0, 512, (3, 37), device=DEVICE)

@@ -185,10 +185,10 @@ def test_the_way_back_of_what_is_made_again_is_taken_with_the_layers_own(options
     A = made.base_model.model[0].lora_A["default"].weight
     taken = []
 
-    def pull(d: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Any:
+    def pull(d: Tensor, dh: Tensor | None, thins: Any, parts: tuple[Tensor, ...]) -> recipe.Pulled:
         taken.append(d.shape)
-        whole = d.view(a.shape)
-        return (a * b).flatten(0, -2), (whole * b, whole * a)
+        (a, b), whole = parts, d.view(parts[0].shape)
+        return recipe.Pulled((a * b).flatten(0, -2), None, (whole * b, whole * a), (None, None))
 
     def run(pull: Any) -> list[torch.Tensor]:
         torch.manual_seed(1)

@@ -12,99 +12,118 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from ..weights.whole import in_parts
 
-FIRST = 27
-"""So many are cast one by one: then the device is busy with the first layers, and the host has time for all the others."""
+FIRST = 8
+"""So many pairs are cast one by one: then the device is busy with the first layers, and the host has time for the others."""
 GRAIN = 64
-"""Each copy begins at a multiple of so many entries, as products like it."""
+"""Copies that stand side by side have a multiple of so many entries each, as products like them to begin there."""
+
+Pair = tuple[Tensor, Tensor]
+"""The factors of an update, A `[r, in]` and B `[out, r]`."""
 
 
 class Asked:
     """What a model's last call asked for; kept alive by nobody here, and unknown to copies of the model.
 
-    tensors: those that copies were asked of. met: by the first of them, those that were given one input.
+    pairs: those that copies were asked of, by the id of A. met: by the first of them, those that were given one input.
     """
 
     def __init__(self) -> None:
-        self.tensors: dict[int, weakref.ref[Tensor]] = {}
+        self.pairs: dict[int, tuple[weakref.ref[Tensor], weakref.ref[Tensor]]] = {}
         self.met: dict[int, list[int]] = {}
 
     def __reduce__(self) -> tuple[type[Asked], tuple[()]]:
         return Asked, ()
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether a copy of this very tensor was asked for."""
-        found = self.tensors.get(id(tensor))
-        return found is not None and found() is tensor  # ids are given again
+    def knows(self, A: Tensor) -> bool:
+        """Whether copies of this very tensor were asked for."""
+        found = self.pairs.get(id(A))
+        return found is not None and found[0]() is A  # ids are given again
 
-    def order(self) -> list[int]:
-        """The tensors as they were asked for, but those that met one after another."""
-        return list(dict.fromkeys(key for first in self.tensors for key in self.met.get(first, [first])))
+    def left(self, done: set[int]) -> list[Pair]:
+        """The pairs without some, as they were asked for, but those that met one after another."""
+        order = dict.fromkeys(key for first in self.pairs for key in self.met.get(first, [first]))
+        pairs = [(A(), B()) for A, B in (self.pairs[key] for key in order if key not in done)]
+        return [(A, B) for A, B in pairs if A is not None and B is not None]
+
+
+class Held(NamedTuple):
+    """A pair, which versions of it were copied, and the copies."""
+
+    A: Tensor
+    B: Tensor
+    versions: tuple[int, int]
+    copies: Pair
 
 
 class Beside(NamedTuple):
-    """Copies `[r, in]` that stand side by side, and all of them as one matrix."""
+    """Copies `[r, in]` that stand side by side, how many rows each has, and all of them as one matrix."""
 
     parts: list[Tensor]
+    rows: list[int]
     whole: Tensor
 
 
 class Copies:
-    """The copies of one call: of those tensors that the call before it asked for."""
+    """The copies of one call: of those pairs that the call before it asked for."""
 
     def __init__(self, before: Asked) -> None:
         self.asked = Asked()
         self._before = before
-        self._made: dict[int, tuple[Tensor, int, Tensor]] = {}
-        self._beside: dict[int, Beside] = {}
+        self._made: dict[int, Held] = {}
         self._place: Any = None
 
-    def of(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor in a dtype; the tensor itself where it is of that dtype."""
-        if tensor.dtype == dtype:
-            return tensor
-        key, asked = id(tensor), self.asked.tensors
-        asked[key] = weakref.ref(tensor)
-        if len(asked) == FIRST and self._before.knows(tensor):
-            self._make(tensor, dtype)
-        source, version, made = self._made.get(key, (None, 0, tensor))
-        fits = source is tensor and version == tensor._version and self._place == _place(tensor, dtype)
-        return made if fits else tensor.to(dtype)
+    def of(self, A: Tensor, B: Tensor, dtype: torch.dtype) -> Pair:
+        """A pair in a dtype; the pair itself where it is of that dtype."""
+        if A.dtype == B.dtype == dtype:
+            return A, B
+        key, asked = id(A), self.asked.pairs
+        asked[key] = weakref.ref(A), weakref.ref(B)
+        if len(asked) == FIRST and self._before.knows(A):
+            self._make(A, dtype)
+        held = self._made.get(key)
+        if held is None or held.A is not A or held.B is not B or self._place != _place(A, dtype):
+            return A.to(dtype), B.to(dtype)
+        return held.copies if held.versions == (A._version, B._version) else (A.to(dtype), B.to(dtype))
 
-    def beside(self, tensor: Tensor, copy: Tensor) -> Beside | None:
+    def beside(self, A: Tensor, copy: Tensor) -> Beside | None:
         """A tensor's copy with those that are expected to be given the same input; None where there are none."""
-        found = self._beside.get(id(tensor))
-        return found if found is not None and found.parts[0] is copy else None
+        held = [self._made.get(key) for key in self._before.met.get(id(A), ())]
+        parts = [found.copies[0] for found in held if found is not None]
+        if not len(parts) == len(held) > 1 or parts[0] is not copy or not all(map(_adjacent, parts, parts[1:])):
+            return None
+        rows, columns = [part.shape[0] for part in parts], copy.shape[1]
+        return Beside(parts, rows, copy.as_strided((sum(rows), columns), (columns, 1)))
 
     def _make(self, like: Tensor, dtype: torch.dtype) -> None:
         if in_parts(like) or like.is_meta:
             return
-        done = self.asked.tensors.keys() - {id(like)}
-        known = [self._before.tensors[key]() for key in self._before.order() if key not in done]
-        every = [t for t in known if t is not None and _at_hand(t, like)]
+        done = self.asked.pairs.keys() - {id(like)}
+        pairs = [(A, B) for A, B in self._before.left(done) if _at_hand(A, like) and _at_hand(B, like)]
+        every = [A for A, _ in pairs] + [B for _, B in pairs]
         if not every:
             return
-        sizes = [-(-t.numel() // GRAIN) * GRAIN for t in every]
-        room = torch.empty(sum(sizes), dtype=dtype, device=like.device)
-        copies = [
-            (part if part.numel() == t.numel() else part[: t.numel()]).view(t.shape)
-            for part, t in zip(room.split(sizes), every, strict=True)
-        ]
+        copies = _places(every, dtype)
         torch._foreach_copy_(copies, every)  # pyright: ignore[reportPrivateImportUsage]
-        self._made = {id(t): (t, t._version, copy) for t, copy in zip(every, copies, strict=True)}
+        for (A, B), *own in zip(pairs, copies, copies[len(pairs) :], strict=False):
+            self._made[id(A)] = Held(A, B, (A._version, B._version), (own[0], own[1]))
         self._place = _place(like, dtype)
-        for first, keys in self._before.met.items():
-            parts = [self._made[key][2] for key in keys if key in self._made]
-            if len(parts) == len(keys) > 1 and all(map(_adjacent, parts, parts[1:])):
-                start, count = parts[0].storage_offset(), sum(part.numel() for part in parts)
-                self._beside[first] = Beside(parts, room[start : start + count].view(-1, parts[0].shape[1]))
+
+
+def _places(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Room for copies: in one piece, but for those of odd sizes."""
+    even = [t for t in tensors if t.numel() % GRAIN == 0]
+    room = torch.empty(sum(t.numel() for t in even), dtype=dtype, device=tensors[0].device)
+    places = iter(_unflatten_dense_tensors(room, even) if even else ())
+    return [torch.empty_like(t, dtype=dtype) if t.numel() % GRAIN else next(places) for t in tensors]
 
 
 def _adjacent(one: Tensor, next: Tensor) -> bool:
     """Whether two matrices of one memory are one matrix, the rows of the second below those of the first."""
-    return one.shape[1:] == next.shape[1:] and next.storage_offset() == one.storage_offset() + one.numel()
+    return one.shape[1] == next.shape[1] and next.storage_offset() == one.storage_offset() + one.numel()
 
 
 def _at_hand(tensor: Tensor, like: Tensor) -> bool:

@@ -96,7 +96,7 @@ class LastMade(Generic[T]):
         if (self.read and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return make()
         if self._held is not None and self._held.good(key):
-            if capturing(device):
+            if self.read and capturing(device):
                 self._read[id(self._held.made)] = self._held.made
             return self._held.made
         self._held, made, over = None, make(), guards()

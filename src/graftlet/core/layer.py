@@ -271,11 +271,15 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         names, pure = self.acting(call), self.pure(call)
         if not names and not (pure and self.merged):
             return self.call_base(x, *args, **kwargs)
-        return self._run(names, x, Base(self, args, kwargs, pure=pure))
+        return self._run(names, x, args, kwargs, pure)
 
-    def _run(self, names: list[str], x: Any, base: Base) -> Any:
-        if len(names) == 1 and base.simple and (y := self._by_itself(names[0], x, base)) is not None:
+    def _run(self, names: list[str], x: Any, args: tuple, kwargs: dict, pure: bool) -> Any:
+        lone = len(names) == 1 and not (args or kwargs or self.merged_adapters) and self.apart is None
+        if lone and (y := self._by_itself(names[0], x)) is not None:
             return y
+        return self._staged(names, x, Base(self, args, kwargs, pure=pure))
+
+    def _staged(self, names: list[str], x: Any, base: Base) -> Any:
         stage, args, kwargs = self._stages(names, base), base.args, base.kwargs
         if self.site.opaque:
             if not names and not base.pure:
@@ -285,6 +289,9 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
             return self.site.op(x, W.to(kept), b if b is None else b.to(kept), *args, **kwargs)
         y = stage(x)
         return y.to(base.dtype or (x.dtype if x.is_floating_point() else self.site.dtype))
+
+    def _first_stage(self) -> Base:
+        return Base(self)
 
     def _stages(self, names: list[str], stage: Stage) -> Stage:
         for name in names:
@@ -309,9 +316,9 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
             names = [name] if name != BASE and name in self.methods else []
             with using(call.part(name, index, index.numel() if count is None else count)):
                 if len(groups) == 1:
-                    return self._run(names, x, whole)
+                    return self._run(names, x, args, kwargs, True)
                 rows = self.site.select(x, index)
-                parts.append((index, self._run(names, rows, Rows(whole, x, index, rows))))
+                parts.append((index, self._staged(names, rows, Rows(whole, x, index, rows))))
         return self.site.gather(parts)
 
     def effective(self) -> Weights:

@@ -25,11 +25,6 @@ class Base:
         self.output: Tensor | None = None
         self._weights: Weights | None = None
 
-    @property
-    def simple(self) -> bool:
-        """Whether it is a call of the layer with an input alone, which no adapter is merged into and no process shares."""
-        return len(self.args) == len(self.kwargs) == 0 and not self.layer.merged and self.layer.apart is None
-
     def __call__(self, x: Tensor) -> Tensor:
         if self.pure:
             W, b = self.layer.original()
@@ -64,10 +59,6 @@ class Rows(Base):
     def __init__(self, whole: Base, batch: Tensor, index: Tensor, rows: Tensor) -> None:
         super().__init__(whole.layer, whole.args, whole.kwargs, pure=True)
         self.whole, self.batch, self.index, self.rows = whole, batch, index, rows
-
-    @property
-    def simple(self) -> bool:
-        return False
 
     def __call__(self, x: Tensor) -> Tensor:
         if x is not self.rows or self.layer.site.opaque:

@@ -61,6 +61,10 @@ class Together(AdapterHost):
 
         def view(self, name: str, dtype: torch.dtype | None = None) -> View: ...
 
+        def _first_stage(self) -> Stage: ...
+
+        def call_base(self, x: Tensor) -> Tensor: ...
+
     def __init__(self) -> None:
         super().__init__()
         self._groups: LastMade[Group | None] = LastMade()
@@ -78,13 +82,13 @@ class Together(AdapterHost):
 
     # one alone
 
-    def _by_itself(self, name: str, x: Any, before: Stage) -> Tensor | None:
+    def _by_itself(self, name: str, x: Any) -> Tensor | None:
         """The output with one adapter, where it is the layer's own and two thin products; else None."""
         if torch.compiler.is_compiling() or watched(self.site.module) or not kernels():
             return None
-        return (self._in_training if torch.is_grad_enabled() else self._in_inference)(name, x, before)
+        return (self._in_training if torch.is_grad_enabled() else self._in_inference)(name, x)
 
-    def _in_inference(self, name: str, x: Any, before: Stage) -> Tensor | None:
+    def _in_inference(self, name: str, x: Any) -> Tensor | None:
         """In inference."""
         if not untouched(x) or capturing(x.device):  # a graph would not see what is written into the adapter
             return None
@@ -92,7 +96,7 @@ class Together(AdapterHost):
         learns = name in self._learning
 
         def make() -> Settled | None:
-            found = self.methods[name].settled(self.view(name), before)
+            found = self.methods[name].settled(self.view(name), self._first_stage())
             if found is None or not (self.cast_input_dtype_enabled or found.A.dtype == x.dtype):
                 return None
             if learns:  # an optimiser may write in ways that leave no trace, so its own tensors are read in each call
@@ -101,22 +105,24 @@ class Together(AdapterHost):
 
         key = (name, x.dtype, learns, self.training, self.cast_input_dtype_enabled)
         settled = self._lone.get(key, x.device, lambda: self._over((name,)), make)
-        return None if settled is None else settled.on(before(x), x)
+        return None if settled is None else settled.on(self.call_base(x), x)
 
-    def _in_training(self, name: str, x: Any, before: Stage) -> Tensor | None:
+    def _in_training(self, name: str, x: Any) -> Tensor | None:
         """In training: what there is to find out about the layer is found out once."""
+        if not isinstance(x, Tensor):
+            return None
 
         def make() -> Pair | None:
             method = self.methods[name]
             if not isinstance(method, Delta) or type(method).forward is not Adding.forward:
                 return None
-            thin, product = method.thin(self.view(name)), before.product()
+            thin, product = method.thin(self.view(name)), self._first_stage().product()
             if thin is None or product is None or not _as_held(thin.A, thin.B, product.W, product.b):
                 return None
             return thin, product
 
         key = (name, self.training, self.cast_input_dtype_enabled)
-        pair = self._lean.get(key, self.site.device, lambda: self._over((name,)), make)
+        pair = self._lean.get(key, x.device, lambda: self._over((name,)), make)
         if pair is None or any(p is not None and p.requires_grad for p in self.site.module._parameters.values()):
             return None
         return fast_thin(x, *pair, self.cast_input_dtype_enabled)

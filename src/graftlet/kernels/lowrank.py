@@ -26,7 +26,8 @@ from ..core.copies import Beside, Copies
 from ..core.kernel import DTYPES, autocasts, kind_of, transformed
 from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
-from .recipe import Recipe, recipe_of
+from . import recipe as recipes
+from .recipe import Folded, Recipe, recipe_of
 
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
@@ -151,16 +152,18 @@ class LowRankProduct(torch.autograd.Function):
         *folded: Tensor,
     ) -> Tensor:
         held = copies()
-        thin, wide = (t.to(x.dtype) if held is None else held.of(t, x.dtype) for t in (A, B))
+        thin, wide = (A.to(x.dtype), B.to(x.dtype)) if held is None else held.of(A, B, x.dtype)
         if held is None or own is not None or words is not None:
             h = _shrunk(x, own, words, thin)
         else:
             h = meeting.shrunk(x, A, thin, held)
         y = _product(x, h, wide, W, b, scale)
         parts = (x if own is None else own,) if recipe is None else folded or tuple(p.detach() for p in recipe.parts)
-        ctx.save_for_backward(h, thin, wide, W if isinstance(W, Tensor) else None, words, *parts)
-        ctx.make, ctx.pull = (None, None) if recipe is None else (recipe.make, recipe.pull)  # not the parts it holds
-        ctx.folded = len(folded)
+        fold = Folded(recipe) if recipe is not None and folded else None
+        beside = [] if fold is None else fold.taken()
+        ctx.save_for_backward(h, thin, wide, W if isinstance(W, Tensor) else None, words, *parts, *beside)
+        ctx.fold, ctx.make = fold, None if recipe is None else recipe.make  # not the parts that a recipe holds
+        ctx.ahead = recipes.told(y, recipes.Thin(h, scale))
         ctx.read = None if isinstance(W, Tensor) else W
         ctx.scale, ctx.meeting, ctx.dtype, ctx.apart = scale, meeting, A.dtype, own is not None
         return y
@@ -170,33 +173,33 @@ class LowRankProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         h, A, B, W, words, *parts = ctx.saved_tensors
         wants_x, wants_own, _, wants_A, wants_B = ctx.needs_input_grad[:5]
-        dy, scale, pulled = grads[0].flatten(0, -2), ctx.scale, [None] * ctx.folded
-        dA = dB = dx = dh = x = None
+        dy, fold, pulled = grads[0].flatten(0, -2), ctx.fold, None
+        dA = dB = dx = dh = None
         if wants_B:
-            dB = scaled(dy.t(), h, scale, ctx.dtype)
-        if wants_A or wants_x or wants_own or ctx.folded:
-            dh = scaled(dy, B, scale)
+            found = ctx.ahead and ctx.ahead.take(grads[0])
+            dB = scaled(dy.t(), h, ctx.scale, ctx.dtype) if found is None else found.to(ctx.dtype)
+        if wants_A or wants_x or wants_own or fold:
+            dh = scaled(dy, B, ctx.scale)
         part = (dy, ctx.read if W is None else W, None if ctx.apart or dh is None else (dh, A, words))
-        if ctx.folded:
+        if fold is not None:
             ctx.meeting.add(*part)
-            x, pulled = ctx.pull(ctx.meeting.gradient().flatten(0, -2), *parts)
+            pulled = fold.back(ctx.meeting.gradient().flatten(0, -2), dh if words is None else None, parts)
         if wants_A and dh is not None:
-            dA = _outer(dh, _made(ctx.make, parts) if x is None else x, words, ctx.dtype)
+            dA = pulled and pulled.dA
+            if dA is None:
+                made = ctx.meeting.input(ctx.make, parts) if pulled is None else pulled.made
+                dA = _outer(dh, made.flatten(0, -2), words, ctx.dtype)
+            dA = dA.to(ctx.dtype)
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:
             ctx.meeting.add(*part)
-        return None, dx, None, dA, dB, None, None, None, None, None, *pulled
-
-
-def _made(make: Callable[..., Tensor] | None, parts: list[Tensor]) -> Tensor:
-    """What was kept, or made again of that."""
-    return (parts[0] if make is None else make(*parts)).flatten(0, -2)
+        return None, dx, None, dA, dB, None, None, None, None, None, *(() if pulled is None else pulled.grads)
 
 
 def _outer(dh: Tensor, x: Tensor, words: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`dh^T x`, the gradient of A."""
-    return scaled(dh.t(), x, 1.0, dtype) if words is None else _dropped(x.is_meta).outer(dh, x, words).to(dtype)
+    return scaled(dh.t(), x, 1.0, dtype) if words is None else _dropped(x.is_meta).outer(dh, x, words)
 
 
 class Meeting:
@@ -206,12 +209,13 @@ class Meeting:
     it is known from the call before which layers will come, their thin products are one.
     """
 
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
+    def __init__(self, shape: torch.Size, gathers: bool = False) -> None:
+        self.shape, self.gathers = shape, gathers
         self.met: list[int] = []
         self.ready: dict[int, tuple[Tensor, Tensor]] = {}
         self.parts: list[tuple[Tensor, Source]] = []
         self.thin: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self.made: Tensor | None = None
 
     def shrunk(self, x: Tensor, A: Tensor, copy: Tensor, held: Copies) -> Tensor:
         """`x A^T` for the input, by A's copy in its dtype."""
@@ -225,10 +229,16 @@ class Meeting:
 
     def _prepare(self, x: Tensor, beside: Beside | None) -> None:
         if beside is not None:
-            parts = _shrunk(x, None, None, beside.whole).split([len(A) for A in beside.parts], 1)
-            self.ready = {
-                id(A): (A, h) for A, h in zip(beside.parts, parts, strict=True)
-            }  # an id is taken while its A lives
+            thin = _shrunk(x, None, None, beside.whole).split(beside.rows, 1)
+            self.ready = {id(A): (A, h) for A, h in zip(beside.parts, thin, strict=True)}  # A lives: its id is its own
+
+    def input(self, make: Callable[..., Tensor] | None, parts: list[Tensor]) -> Tensor:
+        """The input as it was kept, or made again of what was: once for all, until its gradient is summed."""
+        if make is None:
+            return parts[0]
+        made = make(*parts) if self.made is None else self.made
+        self.made = made if self.gathers else None
+        return made
 
     def add(self, dy: Tensor, W: Source, thin: tuple[Tensor, Tensor, Tensor | None] | None) -> None:
         """A part `dy W + dh A` of the gradient, the second product only where the words say."""
@@ -239,7 +249,7 @@ class Meeting:
     def gradient(self) -> Tensor | None:
         """The sum of the parts; none are left."""
         parts, thin = self.parts, self.thin
-        self.parts, self.thin = [], []
+        self.parts, self.thin, self.made = [], [], None
         if not parts:
             return None
         dx = _thin_sum(thin)
@@ -321,7 +331,7 @@ class _Lasts(threading.local):
         """The meeting of an input, and the input as its layers are given it."""
 
         def make() -> tuple[Meeting, Tensor]:
-            made = Meeting(x.shape)
+            made = Meeting(x.shape, x.requires_grad)
             return made, _apply_meet(x, made) if x.requires_grad else x
 
         return self.meetings.of(x, None, make)

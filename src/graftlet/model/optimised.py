@@ -30,7 +30,7 @@ from ..core.prompt import CACHES, IGNORED
 from ..kernels import fused_shapes, plain_ops
 from ..kernels.gated import pulled
 from ..kernels.head_loss import HeadLoss
-from ..kernels.recipe import noted
+from ..kernels.recipe import noted, telling
 from ..methods.parts import heads
 from ..weights.site import site_of
 
@@ -172,8 +172,15 @@ def _norm_of(fused: Any, kind: type, dtype: torch.dtype, device: torch.device, s
         else:
             return None
 
-    def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-        return fused.apply(hidden_states, self.weight, eps, offset, cast_, False)
+    def again(x: Tensor, W: Tensor) -> Tensor:
+        with torch.no_grad():
+            return fused.apply(x, W, eps, offset, cast_, False)
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        made = fused.apply(hidden_states, self.weight, eps, offset, cast_, False)
+        if not torch.is_grad_enabled() or kind_of(made) == "cpu":  # there, time counts for more than memory
+            return made
+        return noted(made, again, hidden_states, self.weight)
 
     return marked(forward)
 
@@ -200,7 +207,8 @@ def gated(module: nn.Module) -> Forward | None:
     pull = functools.partial(pulled, name) if kind_of(parameter) == "cuda" else None
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        with telling():
+            gate, up = self.gate_proj(x), self.up_proj(x)
         made = multiply.apply(gate, up)
         return self.down_proj(noted(made, functools.partial(_again, multiply), gate, up, pull=pull))
 
