@@ -184,19 +184,26 @@ def check_dropout() -> list[str]:
     said = []
     for n, k, r in ((64, 128, 16), (37, 96, 5), (200, 160, 64), (4096, 4096, 16)):
         x, A, dh = (torch.randn(*s, device=DEVICE).bfloat16() for s in ((n, k), (r, k), (n, r)))
-        words = kernels.bits(x, 0.3)
+        several = kernels.bits(x, 0.3, 5)
+        words = several[1]
         mask = torch.cat([words >> j & 1 for j in range(8)], 1).to(x.dtype)
+        part, spread = (dh, A, words), (dh.double() @ A.double()) * mask
         pairs = {
-            "shrunk": (kernels.shrunk(x, words, A), (x * mask).double() @ A.double().T),
+            "shrunk": (kernels.shrunk(x, words[None], [A]), (x * mask).double() @ A.double().T),
+            "several": (kernels.shrunk(x, several, [A] * 5)[:, r : 2 * r], (x * mask).double() @ A.double().T),
             "outer": (kernels.outer(dh, x, words), dh.double().T @ (x * mask).double()),
-            "spread": (kernels.spread(dh, A, words, None), (dh.double() @ A.double()) * mask),
-            "added": (kernels.spread(dh, A, words, x.clone()), (dh.double() @ A.double()) * mask + x),
+            "spread": (kernels.spread([part], None), spread),
+            "added": (kernels.spread([part] * 4, x.clone()), 4 * spread + x),
         }
         worst = farthest(pairs.values())
         share = float(mask.float().mean())
         good = worst < 1e-2 and abs(share - 0.7) < 5 * (0.21 / (n * k)) ** 0.5
         said.append(f"{'passed' if good else 'FAILED'} dropout {n, k, r}: worst {worst:.1e}, kept {share:.3f}")
-    return said
+    state = torch.cuda.get_rng_state()
+    first, second = kernels.bits(x, 0.3, 1), kernels.bits(x, 0.3, 1)
+    torch.cuda.set_rng_state(state)
+    good = torch.equal(first, kernels.bits(x, 0.3, 1)) and not torch.equal(first, second)
+    return [*said, f"{'passed' if good else 'FAILED'} dropout is drawn by torch's generator"]
 
 
 def check_gain() -> list[str]:

@@ -117,9 +117,9 @@ def test_layers_with_one_input_have_one_thin_product(monkeypatch: pytest.MonkeyP
     found: list[int] = []
     plain = lowrank._shrunk
 
-    def shrinking(x: Tensor, own: Any, words: Any, A: Tensor) -> Tensor:
+    def shrinking(x: Tensor, A: Tensor, rate: float) -> Any:
         found.append(len(A))
-        return plain(x, own, words, A)
+        return plain(x, A, rate)
 
     monkeypatch.setattr(lowrank, "_shrunk", shrinking)
     stepped(model, x)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,14 @@ def rows_cut(k: int, r: int) -> int:
     return max(PARTS, BUSY // (k * max(16, r)))
 
 
-def bits(x: Tensor, rate: float) -> Tensor:
-    """A bit an entry of `x [n, k]`."""
-    return x.new_empty(x.shape[0], x.shape[1] // WORD, dtype=torch.uint8)
+def bits(x: Tensor, rate: float, count: int) -> Tensor:
+    """A bit an entry of `x [n, k]`, several times over."""
+    return x.new_empty(count, x.shape[0], x.shape[1] // WORD, dtype=torch.uint8)
 
 
-def shrunk(x: Tensor, words: Tensor, A: Tensor) -> Tensor:
-    """`[n, r]`."""
-    return x.new_empty(PARTS, x.shape[0], A.shape[0], dtype=torch.float32).sum(0).to(x.dtype)
+def shrunk(x: Tensor, words: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """`[n, r + ..]`."""
+    return x.new_empty(PARTS, x.shape[0], sum(A.shape[0] for A in parts), dtype=torch.float32).sum(0).to(x.dtype)
 
 
 def outer(dh: Tensor, x: Tensor, words: Tensor) -> Tensor:
@@ -35,6 +37,7 @@ def outer(dh: Tensor, x: Tensor, words: Tensor) -> Tensor:
     return x.new_empty(rows_cut(k, r), r, k, dtype=torch.float32).sum(0)
 
 
-def spread(dh: Tensor, A: Tensor, words: Tensor, into: Tensor | None) -> Tensor:
+def spread(parts: Sequence[tuple[Tensor, Tensor, Tensor]], into: Tensor | None) -> Tensor:
     """`[n, k]`."""
+    dh, A, _ = parts[0]
     return dh.new_empty(dh.shape[0], A.shape[1]) if into is None else into

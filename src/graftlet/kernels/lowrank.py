@@ -59,18 +59,19 @@ def _ours(x: Tensor, product: Product) -> bool:
 
 def _run(x: Tensor, thin: Thin, product: Product) -> Tensor:
     (A, B, scale, rate), (W, b, *_) = thin, product
-    own = words = None
-    if rate and (kernels := dropping(x, A)) is not None:
-        words, scale = kernels.bits(x.flatten(0, -2), rate), scale / (1 - rate)
+    own = None
+    if rate and dropping(x, A) is not None:
+        scale /= 1 - rate
     elif rate:
-        own = F.dropout(x, rate)
+        own, rate = F.dropout(x, rate), 0.0
     if not torch.is_grad_enabled():
-        return _product(x, _shrunk(x, own, words, A.to(x.dtype)), B.to(x.dtype), W, b, scale)
+        h, _ = _shrunk(x if own is None else own, A.to(x.dtype), rate)
+        return _product(x, h, B.to(x.dtype), W, b, scale)
     recipe = recipe_of(x) if own is None else None
     if recipe is not None and recipe.pull is not None and x.requires_grad:
-        return _apply_product(x.detach(), None, words, A, B, W, b, scale, Meeting(x.shape), recipe, *recipe.parts)
+        return _apply_product(x.detach(), None, rate, A, B, W, b, scale, Meeting(x.shape), recipe, *recipe.parts)
     meeting, met = _lasts.meeting(x)
-    return _apply_product(met, own, words, A, B, W, b, scale, meeting, recipe)
+    return _apply_product(met, own, rate, A, B, W, b, scale, meeting, recipe)
 
 
 Source = Tensor | Callable[[], Tensor]
@@ -102,11 +103,14 @@ def _dropped(meta: bool) -> Any:
     return dropped_triton
 
 
-def _shrunk(x: Tensor, own: Tensor | None, words: Tensor | None, A: Tensor) -> Tensor:
-    """The thin product `[rows, r]`."""
-    if words is not None:
-        return _dropped(x.is_meta).shrunk(x.flatten(0, -2), words, A)
-    return torch.mm((x if own is None else own).flatten(0, -2), A.t())
+def _shrunk(x: Tensor, A: Tensor, rate: float) -> tuple[Tensor, Tensor | None]:
+    """The thin product `[rows, r]`, and by which bits the input was dropped at this rate."""
+    rows = x.flatten(0, -2)
+    if not rate:
+        return torch.mm(rows, A.t()), None
+    kernels = _dropped(x.is_meta)
+    words = kernels.bits(rows, rate, 1)
+    return kernels.shrunk(rows, words, [A]), words[0]
 
 
 def _product(x: Tensor, h: Tensor, B: Tensor, W: Source, b: Tensor | None, scale: float) -> Tensor:
@@ -132,8 +136,8 @@ WIDE = "out_dtype" in str(torch.ops.aten.addmm.dtype._schema) if hasattr(torch.o
 
 
 class LowRankProduct(torch.autograd.Function):
-    """The step. own: the input of the update, where that is another one than the product's. words: or which of the input's
-    entries the update sees, a bit each. folded: what the input was made of, where its recipe's way back is taken here.
+    """The step. own: the input of the update, where that is another one than the product's. rate: or how much of the input
+    is dropped for it. folded: what the input was made of, where its recipe's way back is taken here.
     """
 
     @staticmethod
@@ -141,7 +145,7 @@ class LowRankProduct(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         own: Tensor | None,
-        words: Tensor | None,
+        rate: float,
         A: Tensor,
         B: Tensor,
         W: Source,
@@ -153,10 +157,10 @@ class LowRankProduct(torch.autograd.Function):
     ) -> Tensor:
         held = copies()
         thin, wide = (A.to(x.dtype), B.to(x.dtype)) if held is None else held.of(A, B, x.dtype)
-        if held is None or own is not None or words is not None:
-            h = _shrunk(x, own, words, thin)
+        if held is None or own is not None:
+            h, words = _shrunk(x if own is None else own, thin, rate)
         else:
-            h = meeting.shrunk(x, A, thin, held)
+            h, words = meeting.shrunk(x, A, thin, rate, held)
         y = _product(x, h, wide, W, b, scale)
         parts = (x if own is None else own,) if recipe is None else folded or tuple(p.detach() for p in recipe.parts)
         fold = Folded(recipe) if recipe is not None and folded else None
@@ -212,25 +216,32 @@ class Meeting:
     def __init__(self, shape: torch.Size, gathers: bool = False) -> None:
         self.shape, self.gathers = shape, gathers
         self.met: list[int] = []
-        self.ready: dict[int, tuple[Tensor, Tensor]] = {}
+        self.ready: dict[tuple[int, float], tuple[Tensor, Tensor, Tensor | None]] = {}
         self.parts: list[tuple[Tensor, Source]] = []
         self.thin: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.made: Tensor | None = None
 
-    def shrunk(self, x: Tensor, A: Tensor, copy: Tensor, held: Copies) -> Tensor:
-        """`x A^T` for the input, by A's copy in its dtype."""
+    def shrunk(self, x: Tensor, A: Tensor, copy: Tensor, rate: float, held: Copies) -> tuple[Tensor, Tensor | None]:
+        """`x A^T` for the input, by A's copy in its dtype, and by which bits the input was dropped."""
         if (key := id(A)) not in self.met:  # what is recomputed comes again
             self.met.append(key)
         if self.met[0] == key:
             held.asked.met[key] = self.met
-            self._prepare(x, held.beside(A, copy))
-        _, h = self.ready.pop(id(copy), (None, None))
-        return _shrunk(x, None, None, copy) if h is None else h
+            if (beside := held.beside(A, copy)) is not None:
+                self._prepare(x, beside, rate)
+        ready = self.ready.pop((id(copy), rate), None)
+        return _shrunk(x, copy, rate) if ready is None else ready[1:]
 
-    def _prepare(self, x: Tensor, beside: Beside | None) -> None:
-        if beside is not None:
-            thin = _shrunk(x, None, None, beside.whole).split(beside.rows, 1)
-            self.ready = {id(A): (A, h) for A, h in zip(beside.parts, thin, strict=True)}  # A lives: its id is its own
+    def _prepare(self, x: Tensor, beside: Beside, rate: float) -> None:
+        words = [None] * len(beside.parts)
+        if rate:
+            rows, kernels = x.flatten(0, -2), _dropped(x.is_meta)
+            words = kernels.bits(rows, rate, len(words))
+            thin = kernels.shrunk(rows, words, beside.parts)
+        else:
+            thin, _ = _shrunk(x, beside.whole, 0.0)
+        every = zip(beside.parts, thin.split(beside.rows, 1), words, strict=True)
+        self.ready = {(id(A), rate): (A, h, own) for A, h, own in every}  # A lives: its id is its own
 
     def input(self, make: Callable[..., Tensor] | None, parts: list[Tensor]) -> Tensor:
         """The input as it was kept, or made again of what was: once for all, until its gradient is summed."""
@@ -267,10 +278,8 @@ def _thin_sum(thin: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor | None
         dx = torch.mm(*whole[0])
     elif whole:
         dx = torch.mm(torch.cat([dh for dh, _ in whole], 1), torch.cat([A for _, A in whole]))
-    for dh, A, words in thin:
-        if words is not None:
-            dx = _dropped(dh.is_meta).spread(dh, A, words, dx)
-    return dx
+    dropped = [(dh, A, words) for dh, A, words in thin if words is not None]
+    return _dropped(dropped[0][0].is_meta).spread(dropped, dx) if dropped else dx
 
 
 class _Meet(torch.autograd.Function):
