@@ -335,6 +335,10 @@ class Delta(Adding):
         """db `[out]`, or None."""
         return None
 
+    def whole(self, p: View, x: Tensor) -> bool:
+        """Whether `update` is the layer's operation with the whole of dW, for this input."""
+        return type(self).update is Delta.update
+
     def grouped(self, views: Sequence[View], before: Stage) -> Group | None:
         first = views[0]
         if first.training or not first.site.linear:

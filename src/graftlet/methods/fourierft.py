@@ -85,8 +85,11 @@ class FourierFT(Delta):
         S = dense(values, p.fourierft_places, p.site).reshape(p.site.features_out, p.site.columns)
         return shaped(p.site, torch.fft.ifft2(S).real.to(p.fourierft_spectrum.dtype) * p.scaling)
 
+    def whole(self, p: View, x: Tensor) -> bool:
+        return not few(x, p.fourierft_spectrum, p.site)
+
     def update(self, p: View, x: Tensor) -> Tensor:
-        if not few(x, p.fourierft_spectrum, p.site):
+        if self.whole(p, x):
             return super().update(p, x)
         X = torch.fft.ifft(x.to(torch.promote_types(x.dtype, torch.float32)))
         rows, columns = p.fourierft_places // p.site.columns, p.fourierft_places % p.site.columns

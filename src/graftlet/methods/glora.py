@@ -79,7 +79,7 @@ class GLoRA(Rewrite):
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         flat = W.flatten(1)
         A, B = value(p, "A"), value(p, "B")
-        adapted = flat if A is None or B is None else flat + flat * A + B
+        adapted = flat if A is None or B is None else torch.addcmul(flat + B, flat, A)
         if b is None:
             return adapted.reshape(W.shape), None
         C, D, E = value(p, "C"), value(p, "D"), value(p, "E")

@@ -104,8 +104,11 @@ class WaveFT(Delta):
         across = synthesis(S.reshape(tall, wide), p.wavelet_family, p.site.columns)
         return shaped(p.site, synthesis(across.T, p.wavelet_family, p.site.features_out).T)
 
+    def whole(self, p: View, x: Tensor) -> bool:
+        return not few(x, p.waveft_spectrum, p.site)
+
     def update(self, p: View, x: Tensor) -> Tensor:
-        if not few(x, p.waveft_spectrum, p.site):
+        if self.whole(p, x):
             return super().update(p, x)
         h = analysis(x, p.wavelet_family) if p.use_idwt else x
         rows, columns = p.waveft_places

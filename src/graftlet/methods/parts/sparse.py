@@ -21,7 +21,7 @@ def applied(x: Tensor, values: Tensor, places: Tensor, site: Site) -> Tensor:
     Few inputs are gathered place by place; for many, one dense product is faster than all those reads.
     """
     if not few(x, values, site):
-        return site.op(x, dense(values, places, site))
+        return site.op(x, dense(values.to(x.dtype) if x.is_floating_point() else values, places, site))
     return scattered(x, values, places // site.columns, places % site.columns, site.features_out)
 
 
