@@ -16,6 +16,7 @@ from . import combine as combining
 from . import fingerprint, lifecycle, replication, ties
 from .around import surrounds
 from .block import BlockHost
+from .collecting import uncollected
 from .combine import Fit
 from .context import current
 from .dense import dequantised
@@ -121,6 +122,7 @@ class BaseTuner(nn.Module):
         return {n: a for n, a in self._allocators.items() if a is not None and n in self.peft_config}
 
     @changes
+    @uncollected()
     def inject(
         self,
         config: PeftConfig,
