@@ -57,6 +57,7 @@ def _by_rows(
         _turn(logits, targets[rows], losses[rows], cap)
         if back is not None:
             torch.mm(logits, W, out=back[rows])
+        del logits  # before the next ones are made: they are the largest tensor there is
     return losses, back
 
 
