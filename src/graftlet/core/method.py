@@ -335,6 +335,10 @@ class Delta(Adding):
         """db `[out]`, or None."""
         return None
 
+    def onto(self, p: View, W: Tensor) -> Tensor:
+        """`W + dW`, for a weight of dW's shape and dtype."""
+        return W + self.delta(p)
+
     def whole(self, p: View, x: Tensor) -> bool:
         """Whether `update` is the layer's operation with the whole of dW, for this input."""
         return type(self).update is Delta.update

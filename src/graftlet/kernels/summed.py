@@ -29,4 +29,4 @@ def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     if product.dtype != torch.float32 or method.drop(p, x) is not x:
         return None
     b, db = product.b, method.delta_bias(p)
-    return F.linear(x, product.W + method.delta(p), db if b is None else b if db is None else b + db)
+    return F.linear(x, method.onto(p, product.W), db if b is None else b if db is None else b + db)

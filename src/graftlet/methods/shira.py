@@ -20,7 +20,7 @@ from ..core.tensors import check_places
 from ..errors import ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
-from .parts.sparse import applied, dense, few
+from .parts.sparse import applied, dense, few, onto
 
 MaskFunction = Callable[..., Tensor]
 
@@ -97,6 +97,9 @@ class SHiRA(Delta):
 
     def delta(self, p: View) -> Tensor:
         return dense(p.shira_weight, places(p), p.site)
+
+    def onto(self, p: View, W: Tensor) -> Tensor:
+        return onto(W, p.shira_weight, places(p))
 
     def whole(self, p: View, x: Tensor) -> bool:
         return not few(x, p.shira_weight, p.site)

@@ -21,7 +21,7 @@ from ..core.tensors import check_places
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .parts.low_rank import through
-from .parts.sparse import applied, dense, few
+from .parts.sparse import applied, dense, few, onto
 
 
 @dataclass(kw_only=True)
@@ -101,6 +101,9 @@ class SuperTuning(Delta):
         if p.r is None:
             return dW
         return dW + p.supertuning_scaling * (p.supertuning_lora_B @ p.supertuning_lora_A).reshape(dW.shape)
+
+    def onto(self, p: View, W: Tensor) -> Tensor:
+        return onto(W, p.supertuning_values, p.supertuning_indices.long()) if p.r is None else super().onto(p, W)
 
     def whole(self, p: View, x: Tensor) -> bool:
         return p.r is None and not few(x, p.supertuning_values, p.site)

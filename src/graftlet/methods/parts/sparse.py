@@ -15,6 +15,11 @@ def dense(values: Tensor, places: Tensor, site: Site) -> Tensor:
     return values.new_zeros(shape.numel()).index_add(0, places, values).reshape(shape)
 
 
+def onto(W: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """A weight with the matrix added to it."""
+    return W.flatten().index_add(0, places, values).reshape(W.shape)
+
+
 def applied(x: Tensor, values: Tensor, places: Tensor, site: Site) -> Tensor:
     """The site's operation with the matrix.
 
