@@ -203,6 +203,15 @@ def test_copies_of_a_model_start_without() -> None:
         assert torch.equal(stepped(other, x)["y"], wanted)
 
 
+def test_pairs_of_another_dtype_may_meet_the_others(singly: Any) -> None:
+    model, x = made(), torch.randn(4, 8, dtype=torch.bfloat16)
+    for layer in model.base_model.model.layers:
+        for box in (layer.k.lora_A, layer.k.lora_B):
+            box["default"].to(torch.bfloat16)
+    for _ in range(3):
+        assert torch.equal(stepped(model, x)["y"], singly(model, x)["y"])
+
+
 def test_without_kernels_nothing_is_asked_for(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made(), torch.randn(4, 8, dtype=torch.bfloat16)
     monkeypatch.setenv(SWITCH, "0")

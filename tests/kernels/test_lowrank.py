@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -199,6 +201,80 @@ def test_the_way_back_of_what_is_made_again_is_taken_with_the_layers_own(options
     wanted, found = run(None), run(pull)
     torch.testing.assert_close(found, wanted)
     assert taken == ([] if "lora_dropout" in options else [(6, 6)])
+
+
+class Gated(nn.Module):
+    """A gated product between layers, whose way back is taken with the last one's and finds what the first ones ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.asked: list[list[bool]] = []
+        self.woven = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        with recipe.telling():
+            gate, up = self.gate(x), self.up(x)
+        if not self.woven:
+            return self.down(gate * up)
+        return self.down(recipe.noted(gate * up, torch.mul, gate, up, pull=self.pull))
+
+    def pull(self, d: Tensor, dh: Tensor | None, thins: Any, parts: tuple[Tensor, ...]) -> recipe.Pulled:
+        self.asked.append([dh is not None, *(thin is not None for thin in thins)])
+        (a, b), d = parts, d.view(parts[0].shape)
+        made = (a * b).flatten(0, -2)
+        for part, grad in zip(parts, (d * b, d * a), strict=True):
+            part.copy_(grad)  # in its place, as the kernel does
+        rows = (part.flatten(0, -2) for part in parts)
+        dBs = tuple(None if t is None else t.scale * dy.t() @ t.h for dy, t in zip(rows, thins, strict=True))
+        return recipe.Pulled(None if dh is not None else made, None if dh is None else dh.t() @ made, parts, dBs)
+
+
+@pytest.mark.parametrize("targets", [["gate", "up", "down"], ["up", "down"], ["down"]], ids=len)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_layers_ask_for_is_found_on_the_way_back_below_them(
+    targets: list[str], hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Gated()
+    made = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+    made_alone: list[torch.Size] = []
+    plain = lowrank.scaled
+    monkeypatch.setattr(lowrank, "scaled", lambda a, b, *rest: made_alone.append(a.shape) or plain(a, b, *rest))
+    if hooked:  # what comes out of it is another gradient than the one that was made
+        model.up.register_forward_hook(lambda module, args, y: y.register_hook(lambda dy: 2 * dy) and None)
+    x, found = torch.randn(2, 3, 6, requires_grad=True), []
+    learned = [x, *(p for p in made.parameters() if p.requires_grad)]
+    for model.woven in (False, True):
+        made_alone.clear()
+        found.append(torch.autograd.grad(made(x).square().sum(), learned))
+    torch.testing.assert_close(found[1], found[0])
+    assert model.asked == [[True, "gate" in targets, "up" in targets]]
+    alone = [shape for shape in made_alone if shape == (5, 6)]  # dy^T h of gate and up
+    assert len(alone) == (hooked and "up" in targets)
+
+
+def test_what_nobody_comes_for_goes_with_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Gated()
+    made = get_peft_model(model, LoraConfig(target_modules=["gate", "up", "down"], init_lora_weights=False))
+    A = model.down.lora_A["default"].weight
+    held: list[weakref.ref[recipe.Ahead]] = []
+    plain = recipe.told
+
+    def told(*given: Any) -> recipe.Ahead | None:
+        if (ahead := plain(*given)) is not None:
+            held.append(weakref.ref(ahead))
+        return ahead
+
+    monkeypatch.setattr(recipe, "told", told)
+    gc.disable()
+    try:
+        y = made(torch.randn(2, 3, 6, requires_grad=True)).sum()
+        torch.autograd.grad(y, A, retain_graph=True)
+        del y
+        assert [ref() for ref in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_row_norms_are_those_of_the_sum() -> None:

@@ -46,7 +46,7 @@ class Asked:
     def left(self, done: set[int]) -> list[Pair]:
         """The pairs without some, as they were asked for, but those that met one after another."""
         order = dict.fromkeys(key for first in self.pairs for key in self.met.get(first, [first]))
-        pairs = [(A(), B()) for A, B in (self.pairs[key] for key in order if key not in done)]
+        pairs = [(A(), B()) for A, B in (self.pairs[key] for key in order if key in self.pairs and key not in done)]
         return [(A, B) for A, B in pairs if A is not None and B is not None]
 
 

@@ -27,7 +27,7 @@ class Ahead:
 
     def give(self, dy: Tensor, dB: Tensor) -> None:
         """Leave what was made of the gradient `dy`."""
-        self._given = dy, dy._version, dB
+        self._given = dy.detach(), dy._version, dB  # by its own graph it would hold itself
 
     def take(self, dy: Tensor) -> Tensor | None:
         """`dB`, where this is the very gradient that it was made of; nothing is left."""
