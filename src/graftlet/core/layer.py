@@ -274,8 +274,8 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         return self._run(names, x, args, kwargs, pure)
 
     def _run(self, names: list[str], x: Any, args: tuple, kwargs: dict, pure: bool) -> Any:
-        lone = len(names) == 1 and not (args or kwargs or self.merged_adapters) and self.apart is None
-        if lone and (y := self._by_itself(names[0], x)) is not None:
+        plain = len(args) == len(kwargs) == len(self.merged_adapters) == 0 and self.apart is None
+        if plain and len(names) == 1 and (y := self._by_itself(names[0], x)) is not None:
             return y
         return self._staged(names, x, Base(self, args, kwargs, pure=pure))
 
