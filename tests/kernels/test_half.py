@@ -12,48 +12,29 @@ from torch import Tensor
 from graftlet.core import kernel
 from graftlet.kernels import half
 from graftlet.testing.case import Case
-from graftlet.testing.running import adapted, seeded
-from tests.laws.cases import cases
-
-LINEAR = [c for c in cases() if c.bench.name == "linear" and not c.call]
+from tests.kernels.alike import LINEAR, outcome, turn
 
 
 @pytest.fixture
 def plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     """Kernels off, or on as they are where half precision is fast, on whatever device the test runs."""
 
-    def choose(plain: bool) -> None:
-        monkeypatch.setenv(kernel.SWITCH, "0" if plain else "1")
-        kernel.kernels.cache_clear()
-
     def serves(x: Tensor) -> bool:
         return x.dtype in half.HALVES and not torch.is_autocast_enabled(x.device.type)
 
     monkeypatch.setattr(half, "serves", serves)
-    yield choose
+    yield lambda plain: turn(monkeypatch, not plain)
     monkeypatch.undo()
     kernel.kernels.cache_clear()
-
-
-def outcome(case: Case) -> dict[str, Tensor]:
-    """The output and all gradients, in single precision."""
-    model = adapted(case, torch.bfloat16)
-    (x,) = case.bench.example(torch.bfloat16)
-    x.requires_grad_()
-    with seeded(6):
-        y = model(x)
-        y.float().square().sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {n: t.detach().float() for n, t in {"y": y, "x": x.grad, **found}.items() if t is not None}
 
 
 @pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_an_adapter_is_the_plain_one(case: Case, plainly: Callable[[bool], None]) -> None:
     plainly(True)
-    wanted = outcome(case)
+    wanted = outcome(case, torch.bfloat16)
     plainly(False)
-    found = outcome(case)
+    found = outcome(case, torch.bfloat16)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         off = (found[name] - tensor).norm() / tensor.norm().clamp(min=1e-6)

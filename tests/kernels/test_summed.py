@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graftlet import FourierFTConfig, ShiraConfig, SupertuningConfig, WaveFTConfig, get_peft_model
 from graftlet.core import kernel
 from graftlet.kernels import summed
 from graftlet.testing.case import Case
-from graftlet.testing.running import adapted, seeded
-from tests.laws.cases import cases
+from tests.kernels.alike import LINEAR, outcome, turn
 
 FEW: dict[type, dict[str, Any]] = {
     FourierFTConfig: {"n_frequency": 20},
@@ -24,42 +23,26 @@ FEW: dict[type, dict[str, Any]] = {
     WaveFTConfig: {"n_frequency": 20},
 }
 """So few entries are changed as a small layer has."""
-LINEAR = [c for c in cases() if c.bench.name == "linear" and not c.call]
 
 
 @pytest.fixture
 def plainly(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     """Kernels off, or this one on for however few inputs."""
 
-    def choose(plain: bool) -> None:
-        monkeypatch.setenv(kernel.SWITCH, "0" if plain else "1")
-        kernel.kernels.cache_clear()
-
     monkeypatch.setattr(summed, "ROWS", 1)
     monkeypatch.setitem(kernel.KERNELS, "adapter", ["graftlet.kernels.summed:forward"])
-    yield choose
+    yield lambda plain: turn(monkeypatch, not plain)
     monkeypatch.undo()
     kernel.kernels.cache_clear()
-
-
-def outcome(case: Case) -> dict[str, Tensor]:
-    model = adapted(case, torch.float32)
-    (x,) = case.bench.example(torch.float32)
-    x.requires_grad_()
-    with seeded(6):
-        y = model(x)
-        y.square().sum().backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return {n: t.detach() for n, t in {"y": y, "x": x.grad, **found}.items() if t is not None}
 
 
 @pytest.mark.filterwarnings("ignore::graftlet.errors.StartWarning")
 @pytest.mark.parametrize("case", LINEAR, ids=str)
 def test_an_adapter_is_the_plain_one(case: Case, plainly: Callable[[bool], None]) -> None:
     plainly(True)
-    wanted = outcome(case)
+    wanted = outcome(case, torch.float32)
     plainly(False)
-    found = outcome(case)
+    found = outcome(case, torch.float32)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).norm() <= 1e-4 * tensor.norm().clamp(min=1e-6), name
