@@ -58,6 +58,10 @@ class Held(NamedTuple):
     versions: tuple[int, int]
     copies: Pair
 
+    def fits(self, A: Tensor, B: Tensor) -> bool:
+        """Whether they are copies of these very tensors as they are now."""
+        return self.A is A and self.B is B and self.versions == (A._version, B._version)
+
 
 class Beside(NamedTuple):
     """Copies `[r, in]` that stand side by side, how many rows each has, and all of them as one matrix."""
@@ -85,9 +89,9 @@ class Copies:
         if len(asked) == FIRST and self._before.knows(A):
             self._make(A, dtype)
         held = self._made.get(key)
-        if held is None or held.A is not A or held.B is not B or self._place != _place(A, dtype):
+        if held is None or not held.fits(A, B) or self._place != _place(A, dtype):
             return A.to(dtype), B.to(dtype)
-        return held.copies if held.versions == (A._version, B._version) else (A.to(dtype), B.to(dtype))
+        return held.copies
 
     def beside(self, A: Tensor, copy: Tensor) -> Beside | None:
         """A tensor's copy with those that are expected to be given the same input; None where there are none."""
@@ -108,8 +112,9 @@ class Copies:
             return
         copies = _places(every, dtype)
         torch._foreach_copy_(copies, every)  # pyright: ignore[reportPrivateImportUsage]
-        for (A, B), *own in zip(pairs, copies, copies[len(pairs) :], strict=False):
-            self._made[id(A)] = Held(A, B, (A._version, B._version), (own[0], own[1]))
+        both = zip(copies[: len(pairs)], copies[len(pairs) :], strict=True)
+        for (A, B), own in zip(pairs, both, strict=True):
+            self._made[id(A)] = Held(A, B, (A._version, B._version), own)
         self._place = _place(like, dtype)
 
 
