@@ -215,14 +215,24 @@ def check_gain() -> list[str]:
     said = []
     for n, m, r in ((64, 128, 16), (37, 97, 5), (130, 4096, 64), (4096, 1024, 16)):
         z, dy = (torch.randn(n, m, device=DEVICE).bfloat16() for _ in "zy")
-        gain, W = torch.rand(m, device=DEVICE) + 0.5, torch.randn(m, 80, device=DEVICE)
+        gain, W = torch.rand(m, device=DEVICE) + 0.5, torch.randn(m, 80, device=DEVICE).bfloat16()
         A, B = torch.randn(r, 80, device=DEVICE), torch.randn(m, r, device=DEVICE)
         dz, dgain = kernels.regained(dy, z, gain)
+        asked = (W, A, B, W.float().square().sum(1), 0.7)
+        other = (
+            W[:32].clone(),
+            A.repeat(1, 1)[:3].contiguous(),
+            B[:32, :3].contiguous(),
+            torch.ones(32, device=DEVICE),
+            1.0,
+        )
+        wanted = (W + 0.7 * B @ A).norm(dim=1)
         pairs = {
             "gained": (kernels.gained(z, gain), z.double() * gain),
             "dz": (dz, dy.double() * gain),
             "dgain": (dgain, (dy.double() * z).sum(0)),
-            "norms": (kernels.norms((W**2).sum(1), W @ A.t(), B, A @ A.t(), 0.7), (W + 0.7 * B @ A).norm(dim=1)),
+            "norms": (kernels.norms([asked])[0], wanted),
+            "several norms": (kernels.norms([other, asked, other])[1], wanted),
         }
         worst = farthest(pairs.values())
         said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gain {n, m, r}: worst {worst:.1e}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..weights.site import Site
     from .group import Group
     from .method import Stage, View, Weights
-    from .settled import Settled
+    from .settled import Lean, Settled
 
 ROUNDS = 40
 
@@ -81,6 +81,12 @@ class Algebra:
 
     def settled(self, p: View, before: Stage) -> Settled | None:
         """What the adapter does in inference on the stage before, of tensors at hand; None where there is more to it."""
+        return None
+
+    def lean(self, p: View, before: Stage) -> Lean | None:
+        """The layer's output as a function of its input alone, in training, while what it is made of stands where it
+        stands; None where there is more to it. What stands in the tensors is read in each call.
+        """
         return None
 
     def inverse(self, p: View, W: Tensor, b: Tensor | None) -> Tensor:

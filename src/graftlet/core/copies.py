@@ -11,10 +11,11 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from ..weights.whole import in_parts
+from ..weights.whole import at_hand, in_parts
+from .kernel import stream_of
 
 FIRST = 8
 """So many pairs are cast one by one: then the device is busy with the first layers, and the host has time for the others."""
@@ -106,7 +107,7 @@ class Copies:
         if in_parts(like) or like.is_meta:
             return
         done = self.asked.pairs.keys() - {id(like)}
-        pairs = [(A, B) for A, B in self._before.left(done) if _at_hand(A, like) and _at_hand(B, like)]
+        pairs = [pair for pair in self._before.left(done) if all(_beside(t, like) for t in pair)]
         every = [A for A, _ in pairs] + [B for _, B in pairs]
         if not every:
             return
@@ -131,13 +132,10 @@ def _adjacent(one: Tensor, next: Tensor) -> bool:
     return one.shape[1] == next.shape[1] and next.storage_offset() == one.storage_offset() + one.numel()
 
 
-def _at_hand(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a tensor has its numbers here and now; FSDP2 gives a parameter memory only as they come."""
-    same = type(tensor) is nn.Parameter and tensor.dtype == like.dtype and tensor.device == like.device
-    return same and tensor.data_ptr() != 0
+def _beside(tensor: Tensor, like: Tensor) -> bool:
+    return tensor.dtype == like.dtype and at_hand(tensor, like.device)
 
 
 def _place(tensor: Tensor, dtype: torch.dtype) -> tuple[torch.dtype, torch.device, int]:
     """For which products a copy is good: of which dtype, and on which stream of which device."""
-    device = tensor.device
-    return dtype, device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    return dtype, tensor.device, stream_of(tensor.device)

@@ -11,7 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +98,11 @@ def fast_regain(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor] | 
     return _first("regain", dy, z, gain)
 
 
-def fast_norms(squares: Tensor, across: Tensor, B: Tensor, gram: Tensor, scale: float) -> Tensor | None:
-    """`sqrt(squares + 2 s <across, B> + s^2 <B gram, B>)`, row by row, by the first kernel that serves; None where none
-    does.
+def fast_norms(asked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, float]]) -> list[Tensor] | None:
+    """The norms of the rows of `W + s B A` for each `(W, A, B, |w|^2 of each row, s)`, by the first kernel that serves all
+    of them; None where none does.
     """
-    return _first("norms", squares, across, B, gram, scale)
+    return _first("norms", asked)
 
 
 def _first(what: str, *given: Any) -> Any:
@@ -156,6 +156,11 @@ def untouched(x: Any) -> bool:
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A block in which operations are in their tensors' own dtypes. Tensors without data know no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def stream_of(device: torch.device) -> int:
+    """The number of the stream in use on a device; 0 where there are none."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def capturing(device: torch.device) -> bool:

@@ -22,7 +22,7 @@ from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from .algebra import Algebra, Thin, solved
 from .group import Group
 from .kernel import autocasts, fast, fast_map, fast_product
-from .settled import Settled
+from .settled import Lean, Settled, lean
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -358,6 +358,9 @@ class Delta(Adding):
         if thin is None or thin.rate or before.product() is None:
             return None
         return Settled(thin.A.t(), thin.B.t(), thin.scale)
+
+    def lean(self, p: View, before: Stage) -> Lean | None:
+        return lean(self.thin(p), before.product(), p.casts) if type(self).forward is Adding.forward else None
 
     def update(self, p: View, x: Tensor) -> Tensor:
         return p.site.op(x, self.delta(p), self.delta_bias(p))

@@ -1,15 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One adapter in inference: the linear layer's own output, and into it two thin products with tensors that are at hand.
+"""One adapter alone, of two thin products, with what there is to find out about it and its layer found out once.
 
-In eager decoding a layer's time is the host's: what there is to find out about a layer and its adapter is found out once.
+In eager decoding a layer's time is the host's, and in the first layers of a training step too. In inference: the linear
+layer's own output, and into it products with tensors that are at hand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..weights.product import Product
+from .algebra import Thin
+from .kernel import fast_thin
+
+Lean = Callable[[Tensor], "Tensor | None"]
+"""A layer's output of its input; None where a kernel declines."""
+
+
+def lean(thin: Thin | None, product: Product | None, casts: bool) -> Lean | None:
+    """A product with two thin ones added, in training. None where some of it is made from parameters, and not one itself."""
+    if thin is None or product is None or not as_held(thin.A, thin.B, product.W, product.b):
+        return None
+    return lambda x: fast_thin(x, thin, product, casts)
+
+
+def as_held(*tensors: Any) -> bool:
+    """Whether these are parameters as they stand, not made from such."""
+    return all(type(t) is nn.Parameter or not isinstance(t, Tensor) for t in tensors)
 
 
 @dataclass(frozen=True)

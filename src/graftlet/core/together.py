@@ -9,27 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..weights.product import Product, watched
-from .algebra import Thin
+from ..weights.product import watched
 from .context import Call
 from .group import Group
 from .host import AdapterHost
-from .kernel import capturing, fast_thin, kernels, untouched
+from .kernel import capturing, kernels, untouched
 from .lasting import Guard, LastFound, LastMade, steps
-from .method import Adding, Delta, Method, Spec, Stage, View
-from .settled import Settled
+from .method import Method, Spec, Stage, View
+from .settled import Lean, Settled
 from .tensors import Common
 
 if TYPE_CHECKING:
     from ..weights.site import Site
-
-
-Pair = tuple[Thin, Product]
-
-
-def _as_held(*tensors: Any) -> bool:
-    """Whether these are parameters as they stand, not made from such."""
-    return all(type(t) is nn.Parameter or not isinstance(t, Tensor) for t in tensors)
 
 
 class Peers(Mapping[str, tuple[Method, View]]):
@@ -69,7 +60,7 @@ class Together(AdapterHost):
         super().__init__()
         self._groups: LastMade[Group | None] = LastMade()
         self._lone: LastMade[Settled | None] = LastMade()
-        self._lean: LastFound[Pair | None] = LastFound()
+        self._lean: LastFound[Lean | None] = LastFound()
 
     def _unsettle(self) -> None:
         """Keep nothing of what was made of the tensors so far."""
@@ -112,20 +103,14 @@ class Together(AdapterHost):
         if not isinstance(x, Tensor):
             return None
 
-        def make() -> Pair | None:
-            method = self.methods[name]
-            if not isinstance(method, Delta) or type(method).forward is not Adding.forward:
-                return None
-            thin, product = method.thin(self.view(name)), self._first_stage().product()
-            if thin is None or product is None or not _as_held(thin.A, thin.B, product.W, product.b):
-                return None
-            return thin, product
+        def make() -> Lean | None:
+            return self.methods[name].lean(self.view(name), self._first_stage())
 
         key = (name, self.training, self.cast_input_dtype_enabled)
-        pair = self._lean.get(key, x.device, lambda: self._over((name,)), make)
-        if pair is None or any(p is not None and p.requires_grad for p in self.site.module._parameters.values()):
+        run = self._lean.get(key, x.device, lambda: self._over((name,)), make)
+        if run is None or any(p is not None and p.requires_grad for p in self.site.module._parameters.values()):
             return None
-        return fast_thin(x, *pair, self.cast_input_dtype_enabled)
+        return run(x)
 
     # several in a batch
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ..core.kernel import in_triton, kind_of
+from ..core.kernel import DTYPES, capturing, in_triton, kind_of
 
 KERNELS = "gain_triton"
+HALF = (torch.bfloat16, torch.float16)
 
 
 def gained(z: Tensor, gain: Tensor) -> Tensor | None:
@@ -32,12 +35,31 @@ def regained(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor] | Non
     return dz.view(z.shape), dgain
 
 
-def norms(squares: Tensor, across: Tensor, B: Tensor, gram: Tensor, scale: float) -> Tensor | None:
-    """The norms of rows from what they are made of; None where the plain way is as good."""
-    if not B.is_cuda or not (kernels := in_triton(KERNELS)) or B.shape[1] > kernels.LARGEST or not B.is_contiguous():
+Asked = tuple[Tensor, Tensor, Tensor, Tensor, float]
+"""W, A, B, |w|^2 of each row, and the scale."""
+
+
+def norms(asked: Sequence[Asked]) -> list[Tensor] | None:
+    """The norms of the rows of `W + s B A`, of all that are asked in one pass; None where the plain way is as good."""
+    W, A = asked[0][:2]
+    if not W.is_cuda or W.dtype not in HALF or A.dtype not in DTYPES or capturing(W.device):
         return None
-    with torch.cuda.device(B.device):
-        return kernels.norms(squares, across, B, gram, scale)
+    if not (kernels := in_triton(KERNELS)):
+        return None
+    dtypes, largest = (W.dtype, A.dtype, A.dtype, torch.float32), kernels.LARGEST
+    if not all(_even(tensors, dtypes, largest) for *tensors, _ in asked):
+        return None
+    with torch.cuda.device(W.device):
+        return kernels.norms(asked)
+
+
+def _even(tensors: list[Tensor], dtypes: tuple[torch.dtype, ...], largest: int) -> bool:
+    """Whether the kernel's tiles fit these."""
+    same = all(
+        t.dtype == dtype and t.is_contiguous() and t.data_ptr() % 16 == 0
+        for t, dtype in zip(tensors, dtypes, strict=True)
+    )
+    return same and tensors[0].shape[1] % 16 == 0 and 0 < tensors[1].shape[0] <= largest
 
 
 def _serves(z: Tensor, gain: Tensor) -> bool:

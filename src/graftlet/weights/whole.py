@@ -25,6 +25,12 @@ def in_parts(tensor: Tensor) -> bool:
     return shared_out(tensor) or _partitioned(tensor)
 
 
+def at_hand(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a parameter has its numbers here and now; FSDP2 gives one memory only as they come."""
+    here = type(tensor) is nn.Parameter and tensor.device == device and not tensor.is_inference()
+    return here and not tensor.is_meta and tensor.data_ptr() != 0
+
+
 def shared_out(tensor: Tensor) -> bool:
     """Whether this process may compute with a part of a tensor: torch's own engines do so, ZeRO-3 never does."""
     return callable(getattr(tensor, "full_tensor", None))

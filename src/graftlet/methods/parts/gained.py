@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ...core.ahead import Question
+from ...core.context import foreseen
 from ...core.kernel import fast_gain, fast_norms, fast_regain, kind_of
 
 
-@torch.no_grad()
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The norms of the rows of `W + scale B A`, `[out]`, in single precision; W's own are found once."""
-    A, B, squares = A.float(), B.float(), _squares(W)
+    found = foreseen(_every_norm, (W, A, B), scale)
+    return _every_norm([((W, A, B), scale)])[0] if found is None else found
+
+
+@torch.no_grad()
+def _every_norm(asked: Sequence[Question]) -> Sequence[Tensor]:
+    parts = [(W, A, B, _squares(W), scale) for (W, A, B), scale in asked]
+    found = fast_norms(parts)
+    return [_norms(*part) for part in parts] if found is None else found
+
+
+def _norms(W: Tensor, A: Tensor, B: Tensor, squares: Tensor, scale: float) -> Tensor:
+    A, B = A.float(), B.float()
     across = W @ A.t().to(W.dtype) if kind_of(W) == "cuda" else W.float() @ A.t()
-    gram = A @ A.t()
-    if (found := fast_norms(squares, across, B, gram, scale)) is not None:
-        return found
-    added = 2 * scale * (across.float() * B).sum(1) + scale**2 * ((B @ gram) * B).sum(1)
+    added = 2 * scale * (across.float() * B).sum(1) + scale**2 * ((B @ (A @ A.t())) * B).sum(1)
     return (squares + added).clamp_min_(0).sqrt_()
 
 
@@ -60,29 +70,38 @@ class WhileSame:
 _kept = WhileSame()
 
 
-def gained(z: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:
-    """(z - b) gain + b for `z [..., out]`, in z's dtype: computed in single precision, rounded once."""
-    y: Any = Gained.apply(z, gain)
-    return y if b is None else y + (b - b * gain.to(b.dtype))
+def gained(z: Tensor, gain: Tensor, b: Tensor | None, over: Tensor | None = None) -> Tensor:
+    """(z - b) gain + b for `z [..., out]`, in z's dtype: computed in single precision, rounded once. over: the gain is what
+    this, a constant, divides it to.
+    """
+    y: Any = Gained.apply(z, gain, over)
+    if b is None:
+        return y
+    return y + (b - b * (gain if over is None else gain / over).to(b.dtype))
 
 
 class Gained(torch.autograd.Function):
-    """z gain, without copies of z in a wider dtype."""
+    """z gain / over, without copies of z in a wider dtype."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, gain: Tensor) -> Tensor:
-        ctx.save_for_backward(z, gain)
+    def forward(ctx: Any, z: Tensor, gain: Tensor, over: Tensor | None) -> Tensor:
+        dtype, gain = gain.dtype, gain if over is None else gain / over
+        ctx.save_for_backward(z, gain, over)
+        ctx.dtype = dtype
         y = fast_gain(z, gain)
         return torch.mul(z, gain, out=torch.empty_like(z)) if y is None else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad,), (z, gain) = grads, ctx.saved_tensors
-        if all(ctx.needs_input_grad) and (found := fast_regain(grad, z, gain)) is not None:
-            return found[0], found[1].to(gain.dtype)
-        dz = torch.mul(grad, gain, out=torch.empty_like(grad)) if ctx.needs_input_grad[0] else None
-        dgain = None
-        if ctx.needs_input_grad[1]:
-            dgain = (grad * z).flatten(0, -2).sum(0, dtype=torch.float32).to(gain.dtype)
-        return dz, dgain
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad,), (z, gain, over) = grads, ctx.saved_tensors
+        wants_z, wants_gain = ctx.needs_input_grad[:2]
+        dz = dgain = None
+        if wants_z and wants_gain and (found := fast_regain(grad, z, gain)) is not None:
+            dz, dgain = found
+        else:
+            dz = torch.mul(grad, gain, out=torch.empty_like(grad)) if wants_z else None
+            dgain = (grad * z).flatten(0, -2).sum(0, dtype=torch.float32) if wants_gain else None
+        if dgain is not None:
+            dgain = (dgain if over is None else dgain / over).to(ctx.dtype)
+        return dz, dgain, None

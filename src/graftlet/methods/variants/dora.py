@@ -17,7 +17,7 @@ from ...core.algebra import Thin
 from ...core.group import Group
 from ...core.kernel import kernels
 from ...core.method import Rewrite, Spec, Stage, View, Weights
-from ...core.settled import Settled
+from ...core.settled import Lean, Settled, as_held
 from ...weights.product import Product
 from ...weights.site import Conv, Site
 from ..parts.gained import WhileSame, gained, row_norms
@@ -62,16 +62,16 @@ class DoRA(Wrapper, Rewrite):
 
     def transform(self, p: View, W: Tensor, b: Tensor | None) -> Weights:
         adapted, b = self.inner.transform(p, W, b)
-        gain = self._gain(p, adapted)
+        gain = p.lora_magnitude_vector.flatten() / row_norm(adapted).detach()
         return p.site.on_out(lambda v: v * gain, adapted), b
 
     def forward(self, p: View, x: Tensor, before: Stage) -> Tensor:
         """The base's output, turned by the gain; what dropout takes away, it takes from the adapter's own part."""
         pair = self._pair(p, before)
-        gain = self._kept_gain(p, before, pair)
         if pair is not None and not pair[0].rate:
-            return gained(self.inner.forward(p, x, before), gain, before.bias())
-        whole = p.cast(x)
+            magnitude, norms = p.lora_magnitude_vector.flatten(), self._norms(p, before, pair)
+            return gained(self.inner.forward(p, x, before), magnitude, before.bias(), norms)
+        whole, gain = p.cast(x), self._gain(p, before)
         dropped = self.inner.drop(p, whole)
         y, update = before(x), self.inner.update(p, dropped)
         if dropped is whole:
@@ -85,21 +85,38 @@ class DoRA(Wrapper, Rewrite):
         group = self.inner.grouped(views, before)
         if group is None:
             return None
-        return replace(group, gain=torch.stack([self._kept_gain(p, before, self._pair(p, before)) for p in views]))
+        return replace(group, gain=torch.stack([self._gain(p, before) for p in views]))
 
     def settled(self, p: View, before: Stage) -> Settled | None:
         found, b = self.inner.settled(p, before), before.bias()
         if found is None:
             return None
-        gain = self._kept_gain(p, before, self._pair(p, before))
+        gain = self._gain(p, before)
         return replace(found, gain=gain, shift=None if b is None else b - b * gain)
 
-    def _kept_gain(self, p: View, before: Stage, pair: Pair | None) -> Tensor:
-        """The gain on the weight before; under `DoraCaching` as it was found, while no tensor has changed since."""
-        magnitude = p.lora_magnitude_vector
-        return _gains.get(magnitude, _mark(p, before), lambda: magnitude.flatten() / self._norms(p, before, pair))
+    def lean(self, p: View, before: Stage) -> Lean | None:
+        run, pair, magnitude = self.inner.lean(p, before), self._pair(p, before), p.lora_magnitude_vector
+        if not p.training or run is None or pair is None or pair[0].rate or not as_held(magnitude):
+            return None
+        (A, B, scale, _), (W, b, *_) = pair
+        if not isinstance(W, Tensor):
+            return None
+
+        def turned(x: Tensor) -> Tensor | None:
+            y = run(x)
+            return y if y is None else gained(y, magnitude, b, row_norms(W, A, B, scale))
+
+        return turned
+
+    def _gain(self, p: View, before: Stage) -> Tensor:
+        """The gain on the weight before, `[out]`."""
+        return p.lora_magnitude_vector.flatten() / self._norms(p, before, self._pair(p, before))
 
     def _norms(self, p: View, before: Stage, pair: Pair | None) -> Tensor:
+        """The norms of the rows of the weight before; under `DoraCaching` as found, while no tensor has changed since."""
+        return _norms.get(p.lora_magnitude_vector, _mark(p, before), lambda: self._found_norms(p, before, pair))
+
+    def _found_norms(self, p: View, before: Stage, pair: Pair | None) -> Tensor:
         if pair is None or not isinstance(W := pair[1].W, Tensor):
             return row_norm(self.inner.transform(p, before.weight()[0], None)[0]).detach()
         thin = pair[0]
@@ -111,9 +128,6 @@ class DoRA(Wrapper, Rewrite):
             return None
         thin, product = self.inner.thin(p), before.product()
         return None if thin is None or product is None else (thin, product)
-
-    def _gain(self, p: View, adapted: Tensor) -> Tensor:
-        return p.lora_magnitude_vector.flatten() / row_norm(adapted).detach()
 
 
 def row_norm(W: Tensor) -> Tensor:
@@ -148,18 +162,18 @@ class DoraCaching:
         _turn(self._before)
 
 
-_gains = WhileSame()
-"""The gains that are kept, by magnitude."""
+_norms = WhileSame()
+"""The norms that are kept, by magnitude."""
 
 
 def _turn(on: bool) -> None:
     DoraCaching.on = on
     if not on:
-        _gains.clear()
+        _norms.clear()
 
 
 def _mark(p: View, before: Stage) -> tuple[Any, ...] | None:
-    """What a gain depends on, by place and version; None where nothing is to be kept."""
+    """What norms depend on, by place and version; None where nothing is to be kept."""
     if not DoraCaching.on or p.training or torch.compiler.is_compiling() or not before.pristine:
         return None
     tensors = [*p.tensors().values(), p.site.weight]
