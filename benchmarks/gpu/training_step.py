@@ -243,7 +243,7 @@ def check_gated() -> list[str]:
     """Gated products' way back beside torch's own; a second one through the same graph is refused, not wrong."""
     if DEVICE != "cuda":
         return ["skipped gated: no CUDA"]
-    from graftlet.kernels.gated import pulled
+    from graftlet.kernels.gated import outer, pulled
     from graftlet.kernels.recipe import Thin
 
     said = []
@@ -261,6 +261,8 @@ def check_gated() -> list[str]:
         pairs.append((found.made, y) if dh is None else (found.dA, dh.double().T @ y))
         hows = zip(hs, grads, found.dBs, strict=True)
         pairs += [(dB, 0.7 * dy.T @ h.double()) for h, dy, dB in hows if h is not None]
+        a, b = (torch.randn(n, m, device=DEVICE).bfloat16() for _ in "ab")  # the others were written over
+        pairs += [] if dh is None else [(outer(dh, a, b), dh.double().T @ (a * b).double())]
         worst = farthest(pairs)
         said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gated {name} {n, m, *ranks}: worst {worst:.1e}")
     model = base(small=True)

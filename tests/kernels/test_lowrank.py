@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from graftlet import LoraConfig, get_peft_model
@@ -177,6 +178,79 @@ def test_a_tensor_that_is_made_again_is_not_kept() -> None:
     made((parts * 2).detach()).sum().backward()
     assert again == [1]
     torch.testing.assert_close(found, A.grad)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return a * b
+
+
+def broadcast(a: Tensor, b: Tensor) -> Tensor:
+    return a * b[:1]
+
+
+def written_over(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).mul_(torch.ones(6))
+
+
+def of_what_is_gone(a: Tensor, b: Tensor) -> Tensor:
+    y = a * b
+    with torch.no_grad():
+        b.add_(0)
+    return y
+
+
+def of_one_that_learns_nothing(a: Tensor, b: Tensor) -> Tensor:
+    return a * b.detach()
+
+
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (product, False),
+        (broadcast, True),
+        (written_over, True),
+        (of_what_is_gone, True),
+        (of_one_that_learns_nothing, True),
+    ],
+)
+def test_a_product_whose_parts_are_kept_anyway_is_made_again(
+    make: Any, kept: bool, plainly: Callable[[], None]
+) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+    made = get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)
+    A = made.base_model.model[0].lora_A["default"].weight
+    a, b = (torch.randn(2, 3, 6, requires_grad=True) for _ in "ab")
+    learned = [A, a] if make in (of_what_is_gone, of_one_that_learns_nothing) else [A, a, b]
+
+    def run() -> tuple[Tensor, Tensor]:
+        x = make(a.clone(), b.clone())
+        return x, made(x)
+
+    x, y = run()
+    node: Any = y.grad_fn
+    assert (x.data_ptr() in {t.data_ptr() for t in node.saved_tensors if t is not None}) is kept
+    if make is of_what_is_gone:  # torch refuses the way back through the product itself, and not the layer's own
+        learned = [A]
+    found = torch.autograd.grad(y.square().sum(), learned)
+    plainly()
+    torch.testing.assert_close(found, torch.autograd.grad(run()[1].square().sum(), learned))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_recomputed_is_not_asked_for_in_forward(reentrant: bool) -> None:
+    layer, calls = nn.Linear(6, 5), []
+    made = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"]))
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        calls.append(1)
+        return made(a * b)
+
+    a, b = (torch.randn(2, 3, 6, requires_grad=True) for _ in "ab")
+    y = checkpoint(run, a, b, use_reentrant=reentrant)
+    assert len(calls) == 1
+    y.sum().backward()
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.5}, {"use_dora": True}], ids=["lora", "dropout", "dora"])

@@ -36,10 +36,11 @@ KERNELS: dict[str, list[str]] = {
     "gain": ["graftlet.kernels.gain:gained"],
     "regain": ["graftlet.kernels.gain:regained"],
     "norms": ["graftlet.kernels.gain:norms"],
+    "outer": ["graftlet.kernels.gated:outer"],
 }
 """'module:attribute' of each kernel, imported when the first adapter runs: for a layer with what an adapter adds, for a
 product with two thin ones added, for a layer with another weight, for what maps a layer's input, for rows with adapters of
-their own, and for a gain a channel, its gradients, and the norms that it is found from.
+their own, for a gain a channel, its gradients, and the norms that it is found from, and for sums over the rows of a product.
 """
 
 SWITCH = "GRAFTLET_KERNELS"
@@ -103,6 +104,11 @@ def fast_norms(asked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, float]]) ->
     of them; None where none does.
     """
     return _first("norms", asked)
+
+
+def fast_outer(dh: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """`dh^T (a b)` for `dh [n, r]` and two tensors of n rows, by the first kernel that serves; None where none does."""
+    return _first("outer", dh, a, b)
 
 
 def _first(what: str, *given: Any) -> Any:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..core.kernel import in_triton
 from .recipe import Pulled, Thin
 
+HALF = (torch.bfloat16, torch.float16)
 LARGEST = 64
 """The largest rank that the tiles are made for."""
 PARTS = 8
@@ -44,3 +46,16 @@ def pulled(name: str, d: Tensor, dh: Tensor | None, thins: Sequence[Thin | None]
     dA, *dBs = sums.sum(0).split([k * m for k in ranks])
     found = tuple(dB.view(m, k) if k else None for dB, k in zip(dBs, own, strict=True))
     return Pulled(None if r else d, dA.view(r, m) if r else None, (a, b), found)
+
+
+def outer(dh: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """`dh^T (a b)` in single precision for `dh [n, r]` and `[.., m]` tensors of n rows; None where the plain way is as good."""
+    (n, r), m = dh.shape, a.shape[-1]
+    if not a.is_cuda or a.dtype not in HALF or r > LARGEST or not (a.is_contiguous() and b.is_contiguous()):
+        return None
+    if not n or not (kernels := in_triton("gated_triton")):
+        return None
+    sums = dh.new_empty(PARTS, r, m, dtype=torch.float32)
+    with torch.cuda.device(a.device):
+        kernels.outer(dh, a.view(n, m), b.view(n, m), sums)
+    return sums.sum(0)

@@ -51,6 +51,14 @@ def woven(
     )
 
 
+def outer(dh: Tensor, a: Tensor, b: Tensor, sums: Tensor) -> None:
+    """`dh^T (a b)` for `[n, r]` and `[n, m]`, in parts `[parts, r, m]`; nothing is written over."""
+    (n, m), (parts, r, _) = a.shape, sums.shape
+    span, R = triton.cdiv(triton.cdiv(n, parts), ROWS) * ROWS, triton.next_power_of_2(max(16, r))
+    grid = (triton.cdiv(m, COLUMNS), parts)
+    _outer[grid](dh, r, dh.stride(0), a, b, sums, n, m, span, R, ROWS, COLUMNS, COMPILED, num_warps=4)
+
+
 @triton.jit
 def _pulled(d, a, b, count, GELU: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -111,6 +119,25 @@ def _woven(
     there += r1 * m
     if h2 is not None:
         tl.store(there + columns[None, :] * r2 + ranks[:, None], tall2 * s2, mask=(ranks[:, None] < r2) & within)
+
+
+@triton.jit
+def _outer(
+    dh, r, stride, a, b, sums, n, m, span,
+    R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    columns, ranks = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, R)
+    outer = tl.zeros([R, COLUMNS], tl.float32)
+    first = tl.program_id(1) * span
+    for start in tl.range(first, tl.minimum(first + span, n), ROWS, num_stages=3):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows[:, None] < n) & (columns[None, :] < m)
+        at = rows[:, None].to(tl.int64) * m + columns[None, :]
+        one = tl.load(a + at, mask=inside, other=0.0)
+        x = (one.to(tl.float32) * tl.load(b + at, mask=inside, other=0.0).to(tl.float32)).to(one.dtype)
+        outer += tl.dot(_thin(dh, rows, ranks, n, r, stride), _as_made(x, COMPILED))
+    there = sums + tl.program_id(1).to(tl.int64) * r * m + ranks[:, None] * m + columns[None, :]
+    tl.store(there, outer, mask=(ranks[:, None] < r) & (columns[None, :] < m))
 
 
 @triton.jit

@@ -27,7 +27,7 @@ from ..core.kernel import DTYPES, autocasts, kind_of, transformed
 from ..core.method import Adding, Delta, Stage, View
 from ..weights.product import Product
 from . import recipe as recipes
-from .recipe import Folded, Recipe, recipe_of
+from .recipe import Folded, Pulled, Recipe, recipe_of
 
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
@@ -166,7 +166,8 @@ class LowRankProduct(torch.autograd.Function):
         fold = Folded(recipe) if recipe is not None and folded else None
         beside = [] if fold is None else fold.taken()
         ctx.save_for_backward(h, thin, wide, W if isinstance(W, Tensor) else None, words, *parts, *beside)
-        ctx.fold, ctx.make = fold, None if recipe is None else recipe.make  # not the parts that a recipe holds
+        ctx.fold = fold
+        ctx.make, ctx.outer = (None, None) if recipe is None else (recipe.make, recipe.outer)  # not the parts it holds
         ctx.ahead = recipes.told(y, recipes.Thin(h, scale))
         ctx.read = None if isinstance(W, Tensor) else W
         ctx.scale, ctx.meeting, ctx.dtype, ctx.apart = scale, meeting, A.dtype, own is not None
@@ -189,11 +190,7 @@ class LowRankProduct(torch.autograd.Function):
             ctx.meeting.add(*part)
             pulled = fold.back(ctx.meeting.gradient().flatten(0, -2), dh if words is None else None, parts)
         if wants_A and dh is not None:
-            dA = pulled and pulled.dA
-            if dA is None:
-                made = ctx.meeting.input(ctx.make, parts) if pulled is None else pulled.made
-                dA = _outer(dh, made.flatten(0, -2), words, ctx.dtype)
-            dA = dA.to(ctx.dtype)
+            dA = _gradient_of_A(ctx, dh, words, parts, pulled).to(ctx.dtype)
         if wants_own and dh is not None:
             dx = torch.mm(dh, A).view(parts[0].shape)
         if wants_x:
@@ -201,9 +198,15 @@ class LowRankProduct(torch.autograd.Function):
         return None, dx, None, dA, dB, None, None, None, None, None, *(() if pulled is None else pulled.grads)
 
 
-def _outer(dh: Tensor, x: Tensor, words: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`dh^T x`, the gradient of A."""
-    return scaled(dh.t(), x, 1.0, dtype) if words is None else _dropped(x.is_meta).outer(dh, x, words)
+def _gradient_of_A(ctx: Any, dh: Tensor, words: Tensor | None, parts: list[Tensor], pulled: Pulled | None) -> Tensor:
+    """`dh^T x`: as it was found on the way back of the input, or out of its parts, or by the input, made again."""
+    if pulled is not None and pulled.dA is not None:
+        return pulled.dA
+    if pulled is None and words is None and ctx.outer is not None and (dA := ctx.outer(dh, *parts)) is not None:
+        return dA
+    made: Any = ctx.meeting.input(ctx.make, parts) if pulled is None else pulled.made
+    x = made.flatten(0, -2)
+    return scaled(dh.t(), x, 1.0, ctx.dtype) if words is None else _dropped(x.is_meta).outer(dh, x, words)
 
 
 class Meeting:

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
+
+from ..core.kernel import fast_outer
 
 RECIPE = "_graftlet_recipe"
 THIN = "_graftlet_thin"
@@ -63,12 +66,14 @@ class Recipe:
     """A tensor is `make(*parts)`; the parts are kept by others anyway.
 
     pull: out of the tensor's gradient `[rows, features]`, `dh [rows, r]`, what is written on the parts and the parts; it may
-    write over all that it is given. Who uses it is in the place of the tensor's own way back.
+    write over all that it is given. Who uses it is in the place of the tensor's own way back. outer: `dh^T` times the tensor,
+    out of dh and the parts, or None where that is no better than to make it.
     """
 
     make: Callable[..., Tensor]
     parts: tuple[Tensor, ...]
     pull: Pull | None = None
+    outer: Callable[..., Tensor | None] | None = None
 
 
 def noted(made: Tensor, make: Callable[..., Tensor], *parts: Tensor, pull: Pull | None = None) -> Tensor:
@@ -78,9 +83,27 @@ def noted(made: Tensor, make: Callable[..., Tensor], *parts: Tensor, pull: Pull 
 
 
 def recipe_of(tensor: Tensor) -> Recipe | None:
-    """How a tensor was made, where that is known."""
+    """How a tensor was made, where that is known, or is seen by its graph."""
     found: Any = getattr(tensor, RECIPE, None)
-    return found
+    return _product(tensor) if found is None else found
+
+
+def _product(tensor: Tensor) -> Recipe | None:
+    """The recipe of a product of two tensors that its own way back keeps anyway."""
+    node: Any = tensor.grad_fn
+    if node is None or node.name() != "MulBackward0" or tensor._version or _packed():
+        return None
+    try:
+        parts = node._saved_self, node._saved_other
+    except RuntimeError:  # what it keeps was written over since
+        return None
+    alike = all(type(p) is Tensor and p.shape == tensor.shape and p.dtype == tensor.dtype for p in parts)
+    return Recipe(torch.mul, parts, outer=fast_outer) if alike else None
+
+
+def _packed() -> bool:
+    """Whether what is saved for backward is given to somebody, who would be asked for it back: checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Local(threading.local):
