@@ -243,6 +243,7 @@ def check_gated() -> list[str]:
     """Gated products' way back beside torch's own; a second one through the same graph is refused, not wrong."""
     if DEVICE != "cuda":
         return ["skipped gated: no CUDA"]
+    from graftlet.kernels.dropped_triton import bits
     from graftlet.kernels.gated import outer, pulled
     from graftlet.kernels.recipe import Thin
 
@@ -262,7 +263,11 @@ def check_gated() -> list[str]:
         hows = zip(hs, grads, found.dBs, strict=True)
         pairs += [(dB, 0.7 * dy.T @ h.double()) for h, dy, dB in hows if h is not None]
         a, b = (torch.randn(n, m, device=DEVICE).bfloat16() for _ in "ab")  # the others were written over
-        pairs += [] if dh is None else [(outer(dh, a, b), dh.double().T @ (a * b).double())]
+        pairs += [] if dh is None else [(outer(dh, None, a, b), dh.double().T @ (a * b).double())]
+        if dh is not None and m % 8 == 0:
+            words = bits(a, 0.3, 1)[0]
+            dropped = (a * b).double() * torch.cat([words >> j & 1 for j in range(8)], 1)
+            pairs.append((outer(dh, words, a, b), dh.double().T @ dropped))
         worst = farthest(pairs)
         said.append(f"{'passed' if worst < 1e-2 else 'FAILED'} gated {name} {n, m, *ranks}: worst {worst:.1e}")
     model = base(small=True)

@@ -106,9 +106,11 @@ def fast_norms(asked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, float]]) ->
     return _first("norms", asked)
 
 
-def fast_outer(dh: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
-    """`dh^T (a b)` for `dh [n, r]` and two tensors of n rows, by the first kernel that serves; None where none does."""
-    return _first("outer", dh, a, b)
+def fast_outer(dh: Tensor, words: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
+    """`dh^T (a b)` for `dh [n, r]` and two tensors of n rows, by the first kernel that serves; None where none does. words:
+    by which bits entries of the product are dropped.
+    """
+    return _first("outer", dh, words, a, b)
 
 
 def _first(what: str, *given: Any) -> Any:

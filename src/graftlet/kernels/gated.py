@@ -48,8 +48,11 @@ def pulled(name: str, d: Tensor, dh: Tensor | None, thins: Sequence[Thin | None]
     return Pulled(None if r else d, dA.view(r, m) if r else None, (a, b), found)
 
 
-def outer(dh: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
-    """`dh^T (a b)` in single precision for `dh [n, r]` and `[.., m]` tensors of n rows; None where the plain way is as good."""
+def outer(dh: Tensor, words: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
+    """`dh^T (a b)` in single precision for `dh [n, r]` and `[.., m]` tensors of n rows; None where the plain way is as good.
+
+    words: by which bits entries of the product are dropped, as in `dropped_triton`; None: none are.
+    """
     (n, r), m = dh.shape, a.shape[-1]
     if not a.is_cuda or a.dtype not in HALF or r > LARGEST or not (a.is_contiguous() and b.is_contiguous()):
         return None
@@ -57,5 +60,5 @@ def outer(dh: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
         return None
     sums = dh.new_empty(PARTS, r, m, dtype=torch.float32)
     with torch.cuda.device(a.device):
-        kernels.outer(dh, a.view(n, m), b.view(n, m), sums)
+        kernels.outer(dh, words, a.view(n, m), b.view(n, m), sums)
     return sums.sum(0)

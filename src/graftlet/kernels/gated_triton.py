@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dropped_triton import kept
 from .recipe import Thin
 
 ROWS, COLUMNS = 32, 128
@@ -51,12 +52,12 @@ def woven(
     )
 
 
-def outer(dh: Tensor, a: Tensor, b: Tensor, sums: Tensor) -> None:
-    """`dh^T (a b)` for `[n, r]` and `[n, m]`, in parts `[parts, r, m]`; nothing is written over."""
+def outer(dh: Tensor, words: Tensor | None, a: Tensor, b: Tensor, sums: Tensor) -> None:
+    """`dh^T (a b * kept)` for `[n, r]` and `[n, m]`, in parts `[parts, r, m]`; nothing is written over."""
     (n, m), (parts, r, _) = a.shape, sums.shape
     span, R = triton.cdiv(triton.cdiv(n, parts), ROWS) * ROWS, triton.next_power_of_2(max(16, r))
     grid = (triton.cdiv(m, COLUMNS), parts)
-    _outer[grid](dh, r, dh.stride(0), a, b, sums, n, m, span, R, ROWS, COLUMNS, COMPILED, num_warps=4)
+    _outer[grid](dh, words, r, dh.stride(0), a, b, sums, n, m, span, R, ROWS, COLUMNS, COMPILED, num_warps=4)
 
 
 @triton.jit
@@ -123,7 +124,7 @@ def _woven(
 
 @triton.jit
 def _outer(
-    dh, r, stride, a, b, sums, n, m, span,
+    dh, words, r, stride, a, b, sums, n, m, span,
     R: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     columns, ranks = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, R)
@@ -135,6 +136,8 @@ def _outer(
         at = rows[:, None].to(tl.int64) * m + columns[None, :]
         one = tl.load(a + at, mask=inside, other=0.0)
         x = (one.to(tl.float32) * tl.load(b + at, mask=inside, other=0.0).to(tl.float32)).to(one.dtype)
+        if words is not None:
+            x = tl.where(kept(words, rows, columns, m, inside), x, 0.0)
         outer += tl.dot(_thin(dh, rows, ranks, n, r, stride), _as_made(x, COMPILED))
     there = sums + tl.program_id(1).to(tl.int64) * r * m + ranks[:, None] * m + columns[None, :]
     tl.store(there, outer, mask=(ranks[:, None] < r) & (columns[None, :] < m))

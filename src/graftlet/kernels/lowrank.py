@@ -202,7 +202,7 @@ def _gradient_of_A(ctx: Any, dh: Tensor, words: Tensor | None, parts: list[Tenso
     """`dh^T x`: as it was found on the way back of the input, or out of its parts, or by the input, made again."""
     if pulled is not None and pulled.dA is not None:
         return pulled.dA
-    if pulled is None and words is None and ctx.outer is not None and (dA := ctx.outer(dh, *parts)) is not None:
+    if pulled is None and ctx.outer is not None and (dA := ctx.outer(dh, words, *parts)) is not None:
         return dA
     made: Any = ctx.meeting.input(ctx.make, parts) if pulled is None else pulled.made
     x = made.flatten(0, -2)

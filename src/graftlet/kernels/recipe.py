@@ -67,7 +67,7 @@ class Recipe:
 
     pull: out of the tensor's gradient `[rows, features]`, `dh [rows, r]`, what is written on the parts and the parts; it may
     write over all that it is given. Who uses it is in the place of the tensor's own way back. outer: `dh^T` times the tensor,
-    out of dh and the parts, or None where that is no better than to make it.
+    out of dh, the bits by which entries of the tensor are dropped (or None), and the parts; None where making it is as good.
     """
 
     make: Callable[..., Tensor]
