@@ -44,21 +44,35 @@ def head(*columns: str) -> Iterator[str]:
     yield f"|---|{'---:|' * (len(columns) - 1)}"
 
 
+RUNS = (
+    "Medians and, in brackets, the least: other work on the host makes single steps longer, and with them the medians of cases "
+    "in which the device waits for it."
+)
+
+
 def steps(found: dict[str, Any]) -> Iterator[str]:
-    said = "Llama of 8B shape with 16 layers, bf16, 2 x 2,048 tokens, adapters on all linear layers: forward, backward, AdamW."
+    said = (
+        "Llama of 8B shape with 16 layers, bf16, 2 x 2,048 tokens, adapters on all linear layers: forward, backward, AdamW. "
+        + RUNS
+    )
     columns = ("what", "Graftlet", "reference", "ratio", "Graftlet's peak", "reference's")
     yield from opening("A training step", said, where(found), *columns)
     for what, who in by_what(found["rows"]).items():
         ours, theirs = who.get("graftlet") or who.get("base"), who.get("reference")
         assert ours is not None
-        other = ["", "", ""] if theirs is None else [f"{theirs['ms']:.0f} ms", f"{ours['ms'] / theirs['ms']:.2f}", ""]
+        other = ["", ""] if theirs is None else [took(theirs), f"{ours['ms'] / theirs['ms']:.2f}"]
         peak = "" if theirs is None else f"{theirs['GB']:.1f} GB"
-        yield f"| {what} | {ours['ms']:.0f} ms | {other[0]} | {other[1]} | {ours['GB']:.1f} GB | {peak} |"
+        yield f"| {what} | {took(ours)} | {' | '.join(other)} | {ours['GB']:.1f} GB | {peak} |"
+
+
+def took(row: dict[str, Any], of: str = "") -> str:
+    """The median, and the least."""
+    return f"{row[f'{of}ms']:.0f} ({row['least ms' if of else 'least']:.0f}) ms"
 
 
 def quantised(found: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "bitsandbytes"))
-    said = "The same shape, its linear layers NF4 with double quantisation, adapters of r=16; medians."
+    said = "The same shape, its linear layers NF4 with double quantisation, adapters of r=16. " + RUNS
     columns = (
         "how",
         "frozen base",
@@ -73,7 +87,7 @@ def quantised(found: dict[str, Any]) -> Iterator[str]:
     whose = ("base", "graftlet", "graftlet, optimised", "reference")
     for how in dict.fromkeys(name.partition(", ")[2].removeprefix("optimised, ") for name in found["speed"]):
         rows = [found["speed"][f"{who}, {how}"] for who in whose]
-        times = " | ".join(f"{row['step ms']:.0f} ms" for row in rows)
+        times = " | ".join(took(row, "step ") for row in rows)
         peaks = " | ".join(f"{row['peak GiB'] * 2**30 / 1e9:.1f} GB" for row in rows[1:])
         yield f"| {how} | {times} | {peaks} |"
 

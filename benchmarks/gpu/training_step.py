@@ -282,6 +282,27 @@ def check_gated() -> list[str]:
     return [*said, "FAILED a second backward went through"]
 
 
+def check_autocast() -> list[str]:
+    """The fused way beside the model's own under autocast, with a base of either dtype."""
+    if DEVICE != "cuda":
+        return ["skipped autocast: no CUDA"]
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        made = adapted(graftlet, base(small=True).to(dtype), {})
+        for n, p in made.named_parameters():
+            if "lora_B" in n:
+                torch.nn.init.normal_(p, std=0.05)
+        ids = torch.arange(111, device=DEVICE).view(3, 37)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            own = gradients(made, ids)
+            fused = gradients(graftlet.optimize_model(made), ids)
+        worst = farthest((fused[1][n], g) for n, g in own[1].items())
+        good = worst < 6e-2 and abs(fused[0] - own[0]) < 2e-2
+        said.append(f"{'passed' if good else 'FAILED'} autocast, {dtype}: worst gradient {worst:.1e}")
+    return said
+
+
 def check() -> list[str]:
     """The fast way beside the plain one on a small model: the same loss, the same gradients."""
     said = []
@@ -352,7 +373,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--profile", default="")
     options = parser.parse_args()
-    print(*check_dropout(), *check_gain(), *check_gated(), *check(), sep="\n", flush=True)
+    print(*check_dropout(), *check_gain(), *check_gated(), *check_autocast(), *check(), sep="\n", flush=True)
     model = base(options.small)
     ids = torch.randint(0, model.config.vocab_size, (2, 64 if options.small else 2048), device=DEVICE)
     only = [w for w in options.only.split(",") if w]

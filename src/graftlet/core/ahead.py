@@ -29,9 +29,12 @@ class Questions(dict[Key, tuple[Answer, "list[weakref.ref[Tensor]]", float]]):
 
     def again(self, answer: Answer, device: torch.device) -> list[Question]:
         """Those that may be asked now."""
-        every = [([ref() for ref in refs], number) for own, refs, number in self.values() if own is answer]
-        held = [(tuple(t for t in tensors if t is not None and at_hand(t, device)), n) for tensors, n in every]
-        return [found for found, (tensors, _) in zip(held, every, strict=True) if len(found[0]) == len(tensors)]
+        found: list[Question] = []
+        for own, refs, number in self.values():
+            tensors = tuple(t for ref in refs if (t := ref()) is not None and at_hand(t, device))
+            if own is answer and len(tensors) == len(refs):
+                found.append((tensors, number))
+        return found
 
     def __reduce__(self) -> tuple[type[Questions], tuple[()]]:
         return Questions, ()

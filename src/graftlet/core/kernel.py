@@ -171,6 +171,11 @@ def stream_of(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A block whose kernels go to a tensor's device: else they go to the one in use, which need not be that."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured. It reads at each replay what it read then, and keeps none of it alive."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

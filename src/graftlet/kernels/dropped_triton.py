@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.kernel import on_device_of
 from .dropped_shapes import PARTS, rows_cut
 
 WORD = 8
@@ -34,7 +35,8 @@ def bits(x: Tensor, rate: float, count: int) -> Tensor:
     n, k = x.shape
     words = torch.empty(count, n, k // WORD, dtype=torch.uint8, device=x.device)
     drawn, seed, offset = _draw(x.device)
-    _bits[(triton.cdiv(words.numel(), 1024),)](words, drawn, seed, offset, words.numel(), round(rate * 65536), 1024)
+    with on_device_of(x):
+        _bits[(triton.cdiv(words.numel(), 1024),)](words, drawn, seed, offset, words.numel(), round(rate * 65536), 1024)
     return words
 
 
@@ -57,12 +59,13 @@ def shrunk(x: Tensor, words: Tensor, parts: Sequence[Tensor]) -> Tensor:
     rows, cut, span = triton.cdiv(n, 16), *_cut(k, 128, PARTS)
     h = torch.empty(cut, n, sum(ranks), dtype=torch.float32, device=x.device)
     sides = [*zip(parts, ranks, strict=True), *[(None, 0)] * (TOGETHER - len(parts))]
-    _shrink[(rows, cut)](
-        *(x, words, words.stride(0), *(v for side in sides for v in side), h, n, k, sum(ranks), x.stride(0), span),
-        *(_wide(max(ranks)), 16, 128),
-        num_warps=2,
-        num_stages=3,
-    )
+    with on_device_of(x):
+        _shrink[(rows, cut)](
+            *(x, words, words.stride(0), *(v for side in sides for v in side), h, n, k, sum(ranks), x.stride(0), span),
+            *(_wide(max(ranks)), 16, 128),
+            num_warps=2,
+            num_stages=3,
+        )
     return h.sum(0).to(x.dtype)
 
 
@@ -71,9 +74,10 @@ def outer(dh: Tensor, x: Tensor, words: Tensor) -> Tensor:
     (n, k), r = x.shape, dh.shape[1]
     columns, parts, span = triton.cdiv(k, 128), *_cut(n, 16, rows_cut(k, r))
     out = torch.empty(parts, r, k, dtype=torch.float32, device=x.device)
-    _outer[(columns, parts)](
-        dh, x, words, out, n, k, r, x.stride(0), span, _wide(r), 16, 128, num_warps=4, num_stages=3
-    )
+    with on_device_of(x):
+        _outer[(columns, parts)](
+            dh, x, words, out, n, k, r, x.stride(0), span, _wide(r), 16, 128, num_warps=4, num_stages=3
+        )
     return out.sum(0)
 
 
@@ -87,7 +91,10 @@ def spread(parts: Sequence[tuple[Tensor, Tensor, Tensor]], into: Tensor | None) 
             TOGETHER - len(some)
         )
         widest = _wide(max(r for *_, r in sides))
-        _spread[grid](*(v for side in sides for v in side), out, n, k, into is not None, widest, 32, 128, num_warps=4)
+        with on_device_of(out):
+            _spread[grid](
+                *(v for side in sides for v in side), out, n, k, into is not None, widest, 32, 128, num_warps=4
+            )
         into = out
     assert into is not None
     return into

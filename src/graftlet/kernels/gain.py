@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.kernel import DTYPES, capturing, in_triton, kind_of
+from ..core.kernel import DTYPES, capturing, in_triton, kind_of, on_device_of
 
 KERNELS = "gain_triton"
 HALF = (torch.bfloat16, torch.float16)
@@ -20,7 +20,7 @@ def gained(z: Tensor, gain: Tensor) -> Tensor | None:
         return None
     if z.is_meta:
         return torch.empty_like(z)
-    with torch.cuda.device(z.device):  # kernels go to the device in use, which need not be the layer's
+    with on_device_of(z):
         return in_triton(KERNELS).gained(z.flatten(0, -2), gain).view(z.shape)
 
 
@@ -30,7 +30,7 @@ def regained(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor] | Non
         return None
     if z.is_meta:
         return torch.empty_like(z), gain.new_empty(gain.shape, dtype=torch.float32)
-    with torch.cuda.device(z.device):
+    with on_device_of(z):
         dz, dgain = in_triton(KERNELS).regained(dy.flatten(0, -2), z.flatten(0, -2), gain)
     return dz.view(z.shape), dgain
 
@@ -49,7 +49,7 @@ def norms(asked: Sequence[Asked]) -> list[Tensor] | None:
     dtypes, largest = (W.dtype, A.dtype, A.dtype, torch.float32), kernels.LARGEST
     if not all(_even(tensors, dtypes, largest) for *tensors, _ in asked):
         return None
-    with torch.cuda.device(W.device):
+    with on_device_of(W):
         return kernels.norms(asked)
 
 

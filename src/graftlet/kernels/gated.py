@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.kernel import in_triton
+from ..core.kernel import in_triton, on_device_of
 from .recipe import Pulled, Thin
 
 HALF = (torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def pulled(name: str, d: Tensor, dh: Tensor | None, thins: Sequence[Thin | None]
     if not d.is_meta:
         from . import gated_triton as kernels
 
-        with torch.cuda.device(d.device):
+        with on_device_of(d):
             if any(ranks):
                 kernels.woven(name == "gelu", d, a, b, dh, thins, sums)
             else:
@@ -59,6 +59,6 @@ def outer(dh: Tensor, words: Tensor | None, a: Tensor, b: Tensor) -> Tensor | No
     if not n or not (kernels := in_triton("gated_triton")):
         return None
     sums = dh.new_empty(PARTS, r, m, dtype=torch.float32)
-    with torch.cuda.device(a.device):
+    with on_device_of(a):
         kernels.outer(dh, words, a.view(n, m), b.view(n, m), sums)
     return sums.sum(0)

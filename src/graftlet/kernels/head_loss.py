@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..core.kernel import autocasts, kind_of
+from ..core.kernel import autocasts, kind_of, on_device_of, without_autocast
 from ..core.prompt import IGNORED
 from .head_loss_blocks import loss_and_gradient
 
@@ -31,10 +31,12 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, W: Tensor, b: Tensor | None, targets: Tensor, cap: float) -> Tensor:
         learns = ctx.needs_input_grad[0]
+        dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
         if kind_of(hidden) == "cuda":
-            losses, back = _by_rows(hidden, W, b, targets, cap, learns)
+            with without_autocast(hidden.device):  # it passes over products that are written where they belong
+                b = None if b is None else b.to(dtype)
+                losses, back = _by_rows(hidden.to(dtype), W.to(dtype), b, targets, cap, learns)
         else:
-            dtype = torch.get_autocast_dtype(hidden.device.type) if autocasts(hidden) else hidden.dtype
             losses, back = loss_and_gradient(hidden.to(dtype), W, b, targets, cap, learns)
         ctx.save_for_backward(None if back is None else back.to(hidden.dtype))
         return losses.sum()
@@ -69,4 +71,5 @@ def _turn(logits: Tensor, targets: Tensor, losses: Tensor, cap: float) -> None:
 
     kernel: Any = head_loss_triton.loss_and_gradient
     n, width = logits.shape
-    kernel[(n,)](logits, logits.stride(0), targets, losses, width, cap, IGNORED, cap > 0, 8192, num_warps=16)
+    with on_device_of(logits):
+        kernel[(n,)](logits, logits.stride(0), targets, losses, width, cap, IGNORED, cap > 0, 8192, num_warps=16)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.kernel import capturing, in_triton
+from ..core.kernel import capturing, in_triton, on_device_of
 
 LARGEST = 128
 """The largest rank that the tiles are made for."""
@@ -29,5 +29,6 @@ def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tensor |
     if not (key in _ready if capturing(x.device) else warms_up):
         return None
     _ready.add(key)
-    kernel.added(y[:, 0], x[:, 0], A, B, owner)
+    with on_device_of(x):
+        kernel.added(y[:, 0], x[:, 0], A, B, owner)
     return y
