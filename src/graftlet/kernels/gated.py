@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.kernel import in_triton, on_device_of
+from ..core.kernel import in_triton, kind_of, on_device_of
 from .recipe import Pulled, Thin
 
 HALF = (torch.bfloat16, torch.float16)
@@ -54,11 +54,13 @@ def outer(dh: Tensor, words: Tensor | None, a: Tensor, b: Tensor) -> Tensor | No
     words: by which bits entries of the product are dropped, as in `dropped_triton`; None: none are.
     """
     (n, r), m = dh.shape, a.shape[-1]
-    if not a.is_cuda or a.dtype not in HALF or r > LARGEST or not (a.is_contiguous() and b.is_contiguous()):
+    if kind_of(a) != "cuda" or a.dtype not in HALF or r > LARGEST or not (a.is_contiguous() and b.is_contiguous()):
         return None
-    if not n or not (kernels := in_triton("gated_triton")):
+    kernels = None if a.is_meta else in_triton("gated_triton")
+    if not n or (kernels is None and not a.is_meta):
         return None
     sums = dh.new_empty(PARTS, r, m, dtype=torch.float32)
-    with on_device_of(a):
-        kernels.outer(dh, words, a.view(n, m), b.view(n, m), sums)
+    if kernels is not None:
+        with on_device_of(a):
+            kernels.outer(dh, words, a.view(n, m), b.view(n, m), sums)
     return sums.sum(0)
