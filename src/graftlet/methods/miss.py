@@ -78,7 +78,8 @@ class MiSS(Delta):
     def update(self, p: View, x: Tensor) -> Tensor:
         if p.site.kernel or not x.is_floating_point():
             return super().update(p, x)
-        even = F.pad(x, (0, -x.shape[-1] % p.r))
+        missing = -x.shape[-1] % p.r
+        even = F.pad(x, (0, missing)) if missing else x  # to fill up with nothing is to copy
         return even.unflatten(-1, (-1, p.r)).sum(-2) @ whole(p)
 
 
@@ -115,4 +116,5 @@ class MiSSBat(Rewrite):
 
 def whole(p: View) -> Tensor:
     """D `[r, out]`, where it is repeated written out."""
-    return p.miss_block.repeat(1, p.site.features_out // p.miss_block.shape[1])
+    times = p.site.features_out // p.miss_block.shape[1]
+    return p.miss_block if times == 1 else p.miss_block.repeat(1, times)
