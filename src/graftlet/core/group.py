@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .algebra import Factors
-from .kernel import autocasts, fast_rows, kernels
+from .kernel import HALVES, autocasts, fast_rows, kernels
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Group:
 
     def lean(self, x: Tensor, y: Tensor) -> bool:
         """Whether the products may be made in the layer's own half precision, and summed into its output as it is."""
-        half = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and y.dtype == x.dtype
+        half = x.is_cuda and x.dtype in HALVES and y.dtype == x.dtype
         return half and self.gain is None and not torch.is_grad_enabled() and bool(kernels())
 
     def added_to(self, y: Tensor, x: Tensor, owner: Tensor) -> Tensor:

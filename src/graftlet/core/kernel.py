@@ -44,7 +44,8 @@ their own, for a gain a channel, its gradients, and the norms that it is found f
 """
 
 SWITCH = "GRAFTLET_KERNELS"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
 
 
 @functools.cache

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.kernel import DTYPES, capturing, in_triton, kind_of, on_device_of
+from ..core.kernel import DTYPES, HALVES, capturing, in_triton, kind_of, on_device_of
 
 KERNELS = "gain_triton"
-HALF = (torch.bfloat16, torch.float16)
 
 
 def gained(z: Tensor, gain: Tensor) -> Tensor | None:
@@ -42,7 +41,7 @@ Asked = tuple[Tensor, Tensor, Tensor, Tensor, float]
 def norms(asked: Sequence[Asked]) -> list[Tensor] | None:
     """The norms of the rows of `W + s B A`, of all that are asked in one pass; None where the plain way is as good."""
     W, A = asked[0][:2]
-    if not W.is_cuda or W.dtype not in HALF or A.dtype not in DTYPES or capturing(W.device):
+    if not W.is_cuda or W.dtype not in HALVES or A.dtype not in DTYPES or capturing(W.device):
         return None
     if not (kernels := in_triton(KERNELS)):
         return None

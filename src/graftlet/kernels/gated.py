@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..core.kernel import in_triton, kind_of, on_device_of
+from ..core.kernel import HALVES, in_triton, kind_of, on_device_of
 from .recipe import Pulled, Thin
 
-HALF = (torch.bfloat16, torch.float16)
 LARGEST = 64
 """The largest rank that the tiles are made for."""
 PARTS = 8
@@ -54,7 +53,7 @@ def outer(dh: Tensor, words: Tensor | None, a: Tensor, b: Tensor) -> Tensor | No
     words: by which bits entries of the product are dropped, as in `dropped_triton`; None: none are.
     """
     (n, r), m = dh.shape, a.shape[-1]
-    if kind_of(a) != "cuda" or a.dtype not in HALF or r > LARGEST or not (a.is_contiguous() and b.is_contiguous()):
+    if kind_of(a) != "cuda" or a.dtype not in HALVES or r > LARGEST or not (a.is_contiguous() and b.is_contiguous()):
         return None
     kernels = None if a.is_meta else in_triton("gated_triton")
     if not n or (kernels is None and not a.is_meta):

@@ -18,12 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from ..core.kernel import autocasts, kind_of, transformed
+from ..core.kernel import HALVES, autocasts, kind_of, transformed
 from ..core.method import Adding, InputMap, Stage, View
 from ..weights.site import Site
 from .lowrank import scaled
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 def serves(x: Tensor) -> bool:
