@@ -221,7 +221,7 @@ def check_gain() -> list[str]:
         asked = (W, A, B, W.float().square().sum(1), 0.7)
         other = (
             W[:32].clone(),
-            A.repeat(1, 1)[:3].contiguous(),
+            A[:3].contiguous(),
             B[:32, :3].contiguous(),
             torch.ones(32, device=DEVICE),
             1.0,

@@ -11,50 +11,25 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from graftlet import LoraConfig, PeftModel, get_peft_model
-from graftlet.core.ahead import Ahead, Questions
+from graftlet.core.ahead import Answers, Questions
 from graftlet.methods.parts import gained
 from graftlet.methods.variants import dora
+from tests.kernels.stacked import Stack, stepped
 
 LAYERS = 4
-
-
-class Stack(nn.Module):
-    """Layers one after another; recomputed in backward where that is asked for."""
-
-    def __init__(self, again: bool = False) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(LAYERS))
-        self.again = again
-        self._gradient_checkpointing_func = checkpoint
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.again:
-                x = self.__dict__["_gradient_checkpointing_func"](layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
-        return x
 
 
 def made(again: bool = False) -> PeftModel:
     torch.manual_seed(0)
     targets = [str(i) for i in range(LAYERS)]
     config = LoraConfig(r=4, use_dora=True, target_modules=targets, init_lora_weights=False)
-    return get_peft_model(Stack(again), config).train()
+    return get_peft_model(Stack((nn.Linear(8, 8) for _ in range(LAYERS)), again), config).train()
 
 
 def layer(model: Any, number: int) -> Any:
     return model.base_model.model.layers[number]
-
-
-def stepped(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    y = model(x)
-    y.square().sum().backward()
-    return {"y": y.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
 
 @pytest.fixture
@@ -77,7 +52,7 @@ def singly(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(model: PeftModel, x: Tensor) -> dict[str, Tensor]:
         with monkeypatch.context() as patch:
-            patch.setattr(Ahead, "of", lambda *given: None)
+            patch.setattr(Answers, "of", lambda *given: None)
             return stepped(model, x)
 
     return run
@@ -150,9 +125,9 @@ def test_only_what_is_there_is_asked_about() -> None:
         made[tuple(map(id, tensors))] = answer, list(map(weakref.ref, tensors)), 2.0
     del tensors  # the last of them is gone, as nobody else has it
     assert [q[0] for q in made.again(answer, device)] == [(held,)]
-    ahead = Ahead(made)
-    assert ahead.of(answer, (held,), 3.0) is None  # the number was another
-    found = ahead.of(answer, (held,), 2.0)
+    answers = Answers(made)
+    assert answers.of(answer, (held,), 3.0) is None  # the number was another
+    found = answers.of(answer, (held,), 2.0)
     assert found is not None
     assert torch.equal(found, 2 * held)
 

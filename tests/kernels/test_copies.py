@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from graftlet import LoraConfig, PeftModel, get_peft_model
 from graftlet.core import copies
 from graftlet.core.host import home_of
 from graftlet.core.kernel import SWITCH, kernels
 from graftlet.kernels import lowrank
+from tests.kernels.stacked import Stack, stepped
 
 LAYERS = 4
 FIRST = 4
@@ -36,24 +36,6 @@ class Block(nn.Module):
         return self.q(x) * self.k(x).sigmoid() + self.v(x)
 
 
-class Stack(nn.Module):
-    """Blocks of half precision, one after another; recomputed in backward where that is asked for."""
-
-    def __init__(self, again: bool = False) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(LAYERS)).to(torch.bfloat16)
-        self.again = again
-        self._gradient_checkpointing_func = checkpoint
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.again:
-                x = self.__dict__["_gradient_checkpointing_func"](layer, x, use_reentrant=False)
-            else:
-                x = layer(x)
-        return x
-
-
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are served too."""
@@ -63,14 +45,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def made(again: bool = False, **options: Any) -> PeftModel:
     torch.manual_seed(0)
     options = {"r": 8, "target_modules": ["q", "k", "v"], "init_lora_weights": False, **options}
-    return get_peft_model(Stack(again), LoraConfig(**options)).train()
-
-
-def stepped(model: Any, x: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    y = model(x)
-    y.float().square().sum().backward()
-    return {"y": y.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+    stack = Stack((Block() for _ in range(LAYERS)), again).to(torch.bfloat16)
+    return get_peft_model(stack, LoraConfig(**options)).train()
 
 
 @pytest.fixture

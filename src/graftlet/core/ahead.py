@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..weights.whole import at_hand
 from .kernel import stream_of
+from .lasting import version_of
 
 Question = tuple[tuple[Tensor, ...], float]
 """Tensors on one device, and a number that goes with them."""
@@ -50,10 +51,10 @@ class Found(NamedTuple):
     def fits(self, tensors: tuple[Tensor, ...], number: float) -> bool:
         """Whether it was asked of these very tensors as they are now."""
         same = all(map(operator.is_, tensors, self.question[0])) and number == self.question[1]
-        return same and self.versions == list(map(_version, tensors))
+        return same and self.versions == list(map(version_of, tensors))
 
 
-class Ahead:
+class Answers:
     """The answers of one call."""
 
     def __init__(self, before: Questions) -> None:
@@ -74,7 +75,4 @@ class Ahead:
     def _answered(self, answer: Answer, device: torch.device) -> dict[Key, Found]:
         questions = self._before.again(answer, device)
         every = zip(questions, answer(questions) if questions else (), strict=True)
-        return {tuple(map(id, q[0])): Found(q, list(map(_version, q[0])), made) for q, made in every}
-
-
-_version = operator.attrgetter("_version")
+        return {tuple(map(id, q[0])): Found(q, list(map(version_of, q[0])), made) for q, made in every}

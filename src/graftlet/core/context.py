@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..errors import CallError
-from .ahead import Ahead, Answer, Questions
+from .ahead import Answer, Answers, Questions
 from .copies import Asked, Copies
 from .kernel import capturing
 from .traffic import Traffic
@@ -57,7 +57,7 @@ class Call:
     """What the blocks of an adapter hand on to each other, by its name and the number of the block that takes it."""
     copies: Copies | None = field(default=None, compare=False)
     """Copies of what learns in the dtype that the model computes in, where there are some."""
-    ahead: Ahead | None = field(default=None, compare=False)
+    answers: Answers | None = field(default=None, compare=False)
     """What is answered for all layers at once, where something is."""
     known: dict[Any, Any] = field(default_factory=dict, compare=False)
     """Groups found so far: the layers of a model ask for the same ones."""
@@ -203,8 +203,8 @@ def using(call: Call | None) -> Iterator[None]:
 @contextmanager
 def copying(home: Home) -> Iterator[None]:
     """Let the layers of a model have what they need of what learns, all made in one step, until the block ends."""
-    copies, answers = Copies(home.asked or Asked()), Ahead(home.foreseen)
-    with using(replace(current() or Call(), copies=copies, ahead=answers)):
+    copies, answers = Copies(home.asked or Asked()), Answers(home.foreseen)
+    with using(replace(current() or Call(), copies=copies, answers=answers)):
         yield
     home.asked, home.foreseen = copies.asked, answers.asked
 
@@ -218,7 +218,7 @@ def copies() -> Copies | None:
 def foreseen(answer: Answer, tensors: tuple[Tensor, ...], number: float) -> Tensor | None:
     """What a layer asks, answered for all layers at once; None where it was not foreseen in the call in progress."""
     call = current()
-    return None if call is None or call.ahead is None else call.ahead.of(answer, tensors, number)
+    return None if call is None or call.answers is None else call.answers.of(answer, tensors, number)
 
 
 @contextmanager

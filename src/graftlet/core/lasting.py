@@ -55,7 +55,7 @@ class Held(Generic[T]):
         )
 
     def _marks(self) -> tuple[list[int], list[int]]:
-        return list(map(_version, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
+        return list(map(version_of, self.tensors)), list(map(Tensor.data_ptr, self.tensors))
 
 
 def _compared(place: dict[str, Any], own: dict[str, Any]) -> bool:
@@ -63,7 +63,7 @@ def _compared(place: dict[str, Any], own: dict[str, Any]) -> bool:
     return 2 * len(own) > len(place) and not any(isinstance(value, Tensor) for value in place.values())
 
 
-_version = operator.attrgetter("_version")
+version_of = operator.attrgetter("_version")
 
 
 class LastMade(Generic[T]):
