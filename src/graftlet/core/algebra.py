@@ -57,6 +57,8 @@ class Algebra:
     additive: ClassVar[bool] = False
     exchangeable: ClassVar[tuple[str, ...]] = ("scaling",)
     scales: ClassVar[tuple[str, ...]] = ()
+    derives: ClassVar[bool] = False
+    """Its thin factors are made from its tensors, in each call that learns."""
 
     if TYPE_CHECKING:
 
@@ -73,6 +75,12 @@ class Algebra:
 
     def factored(self, p: View) -> Factors | None:
         """The change of the weight as factors; None where it has none, or they are not known."""
+        return None
+
+    def thin(self, p: View) -> Thin | None:
+        """What a call adds, dropout included, where that is two thin products and torch's own dropout on a linear layer;
+        None where it may be more.
+        """
         return None
 
     def grouped(self, views: Sequence[View], before: Stage) -> Group | None:

@@ -16,6 +16,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from ..weights.whole import at_hand, in_parts
 from .kernel import stream_of
+from .settled import as_held
 
 FIRST = 8
 """So many pairs are cast one by one: then the device is busy with the first layers, and the host has time for the others."""
@@ -85,6 +86,8 @@ class Copies:
         """A pair in a dtype; the pair itself where it is of that dtype."""
         if A.dtype == B.dtype == dtype:
             return A, B
+        if not as_held(A, B):  # made in this call, so nobody can know them before
+            return A.to(dtype), B.to(dtype)
         key, asked = id(A), self.asked.pairs
         asked[key] = weakref.ref(A), weakref.ref(B)
         if len(asked) == FIRST and self._before.knows(A):

@@ -28,7 +28,7 @@ Kernel = Callable[..., Any]
 """What is asked for, or None where the kernel does not serve."""
 
 KERNELS: dict[str, list[str]] = {
-    "adapter": ["graftlet.kernels.lowrank:forward", "graftlet.kernels.half:forward", "graftlet.kernels.summed:forward"],
+    "adapter": [f"graftlet.kernels.{name}:forward" for name in ("lowrank", "wide", "half", "summed")],
     "thin": ["graftlet.kernels.lowrank:product_of"],
     "product": ["graftlet.kernels.half:product"],
     "map": ["graftlet.kernels.half:mapped"],

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
-from .algebra import Algebra, Thin, solved
+from .algebra import Algebra, solved
 from .group import Group
 from .kernel import autocasts, fast, fast_map, fast_product
-from .settled import Lean, Settled, lean
+from .settled import Lean, Settled, as_held, lean
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -303,17 +303,29 @@ class Method(Algebra):
 
 
 class Adding(Method):
-    """The output is the one before and something beside it. A subclass gives `update`."""
+    """The output is the one before and something beside it. A subclass gives `update`.
+
+    dropout: the setting, a module, that is dropout on the adapter's input; empty where there is none.
+    """
 
     reads_weight = False
+    dropout: ClassVar[str] = ""
 
     def update(self, p: View, x: Tensor) -> Tensor:
         """What the adapter adds to the output, for an input that has been through `drop`."""
         raise NotImplementedError
 
     def drop(self, p: View, x: Tensor) -> Tensor:
-        """Dropout on the adapter's input, where the method has one."""
-        return x
+        """Dropout on the adapter's input, where the method has one; indices to look up pass as they are."""
+        held = vars(p).get(self.dropout)
+        return x if held is None or type(held) is nn.Identity or not x.is_floating_point() else held(x)
+
+    def rate(self, p: View) -> float | None:
+        """The share of the input that `drop` takes; None where that is not torch's own dropout."""
+        held = vars(p).get(self.dropout)
+        if type(self).drop is not Adding.drop or not (held is None or isinstance(held, (nn.Identity, nn.Dropout))):
+            return None
+        return held.p if isinstance(held, nn.Dropout) and held.training else 0.0
 
     def added(self, p: View, x: Tensor) -> Tensor:
         """What the adapter adds to the output."""
@@ -339,6 +351,10 @@ class Delta(Adding):
         """`W + dW`, for a weight of dW's shape and dtype."""
         return W + self.delta(p)
 
+    def rounded(self, p: View, dtype: torch.dtype) -> Tensor:
+        """dW in another dtype."""
+        return self.delta(p).to(dtype)
+
     def whole(self, p: View, x: Tensor) -> bool:
         """Whether `update` is the layer's operation with the whole of dW, for this input."""
         return type(self).update is Delta.update
@@ -357,7 +373,7 @@ class Delta(Adding):
         thin = self.thin(p)
         if thin is None or thin.rate or before.product() is None:
             return None
-        return Settled(thin.A.t(), thin.B.t(), thin.scale)
+        return Settled(thin.A.t(), thin.B.t(), thin.scale, own=as_held(thin.A, thin.B))
 
     def lean(self, p: View, before: Stage) -> Lean | None:
         return lean(self.thin(p), before.product(), p.casts) if type(self).forward is Adding.forward else None
@@ -382,10 +398,6 @@ class Delta(Adding):
 
     def _change(self, p: View, W: Tensor) -> Tensor:
         return self.apply(p, torch.zeros_like(W), None)[0] if p.site.stack else self.delta(p)
-
-    def thin(self, p: View) -> Thin | None:
-        """What `update` and `drop` do, where that is two thin products and torch's own dropout; None where it may be more."""
-        return None
 
 
 class InputMap(Method):
@@ -461,25 +473,6 @@ class Routed(Adding):
                 "through its weight."
             )
         return {}
-
-
-def check_dropout(site: Site, key: str, name: str, rate: float) -> None:
-    """Raise `ConfigError` where there is no input to drop from: the layer is adapted through its weight."""
-    if site.opaque and rate:
-        raise ConfigError(f"{name}={rate} cannot work on {key!r}, which is adapted through its weight; use 0.")
-
-
-class InputDropout(nn.Dropout):
-    """Dropout on what goes into an adapter; indices to look up pass as they are."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if input.is_floating_point() else input
-
-
-def input_dropout(site: Site, key: str, name: str, rate: float) -> nn.Module:
-    """Dropout on a layer's input, or the identity for rate 0. Raises as `check_dropout` does."""
-    check_dropout(site, key, name, rate)
-    return InputDropout(rate) if rate else nn.Identity()
 
 
 class Replace:

@@ -15,7 +15,7 @@ from .group import Group
 from .host import AdapterHost
 from .kernel import capturing, kernels, untouched
 from .lasting import Guard, LastFound, LastMade, steps
-from .method import Method, Spec, Stage, View
+from .method import Delta, Method, Spec, Stage, View
 from .settled import Lean, Settled
 from .tensors import Common
 
@@ -37,6 +37,11 @@ class Peers(Mapping[str, tuple[Method, View]]):
 
     def __len__(self) -> int:
         return len(self._layer.methods)
+
+
+def settles(kind: type[Method]) -> bool:
+    """Whether methods of a kind may ever be two thin products, maybe with a gain."""
+    return kind.thin is not Method.thin or kind.settled not in (Method.settled, Delta.settled)
 
 
 class Together(AdapterHost):
@@ -75,9 +80,12 @@ class Together(AdapterHost):
 
     def _by_itself(self, name: str, x: Any) -> Tensor | None:
         """The output with one adapter, where it is the layer's own and two thin products; else None."""
+        method, learns = self.methods[name], torch.is_grad_enabled()
+        if not settles(type(method)) or (method.derives and (learns or name in self._learning)):
+            return None
         if torch.compiler.is_compiling() or watched(self.site.module) or not kernels():
             return None
-        return (self._in_training if torch.is_grad_enabled() else self._in_inference)(name, x)
+        return (self._in_training if learns else self._in_inference)(name, x)
 
     def _in_inference(self, name: str, x: Any) -> Tensor | None:
         """In inference."""
@@ -91,7 +99,7 @@ class Together(AdapterHost):
             if found is None or not (self.cast_input_dtype_enabled or found.A.dtype == x.dtype):
                 return None
             if learns:  # an optimiser may write in ways that leave no trace, so its own tensors are read in each call
-                return found if found.gain is None else None
+                return found if found.own and found.gain is None else None
             return found.ready(x.dtype)
 
         key = (name, x.dtype, learns, self.training, self.cast_input_dtype_enabled)

@@ -11,6 +11,7 @@ The plain way brings the input up to the adapter's single precision. Here matric
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -36,8 +37,13 @@ def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     if not p.casts or p.dtype == x.dtype or not serves(x):
         return None
     y = before(x)
-    with Lowered(x.dtype) if x.is_meta else torch.autocast(x.device.type, x.dtype, cache_enabled=False):
+    with lowered(x):
         return y + method.added(p, x).to(y.dtype)
+
+
+def lowered(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which products are in an input's dtype."""
+    return Lowered(x.dtype) if x.is_meta else torch.autocast(x.device.type, x.dtype, cache_enabled=False)
 
 
 def product(site: Site, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor | None:

@@ -24,7 +24,7 @@ from ..core.algebra import Thin
 from ..core.context import copies
 from ..core.copies import Beside, Copies
 from ..core.kernel import DTYPES, autocasts, kind_of, transformed
-from ..core.method import Adding, Delta, Stage, View
+from ..core.method import Adding, Method, Stage, View
 from ..weights.product import Product
 from . import recipe as recipes
 from .recipe import Folded, Pulled, Recipe, recipe_of
@@ -32,16 +32,25 @@ from .recipe import Folded, Pulled, Recipe, recipe_of
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for an update of two thin products on a frozen linear layer that nothing else looks at."""
-    if not isinstance(method, Delta) or (thin := method.thin(p)) is None or (product := before.product()) is None:
+    if type(method).thin is Method.thin or not isinstance(x, Tensor) or (method.derives and x.numel() < worth(x)):
         return None
-    return product_of(x, thin, product, p.casts)
+    if (product := before.product()) is None or not _ours(x, product):
+        return None
+    return None if (thin := method.thin(p)) is None else _fitting(x, thin, product, p.casts)
+
+
+def worth(x: Tensor) -> int:
+    """From how many numbers on the step, which the host takes longer for, is worth it where factors have to be made too."""
+    return 1 << 25 if kind_of(x) == "cuda" else 1 << 18
 
 
 def product_of(x: Tensor, thin: Thin, product: Product, casts: bool) -> Tensor | None:
     """The kernel, where the update and the product are known. casts: factors may be brought to the input's dtype."""
-    if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES or kind_of(x) == "meta" or x.dim() < 2:
-        return None
-    if not _ours(x, product) or not (casts or thin.A.dtype == x.dtype):
+    return _fitting(x, thin, product, casts) if _ours(x, product) else None
+
+
+def _fitting(x: Tensor, thin: Thin, product: Product, casts: bool) -> Tensor | None:
+    if not (casts or thin.A.dtype == x.dtype):
         return None
     if x.dtype == product.dtype:
         return _run(x, thin, product)
@@ -49,7 +58,9 @@ def product_of(x: Tensor, thin: Thin, product: Product, casts: bool) -> Tensor |
 
 
 def _ours(x: Tensor, product: Product) -> bool:
-    """Whether nobody else sees to how operations are done: autocast, a transform of functions."""
+    """Whether an input is a plain one, and nobody else sees to how operations are done: autocast, a transform of functions."""
+    if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES or kind_of(x) == "meta" or x.dim() < 2:
+        return False
     if transformed():
         return False
     if product.casts:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core.method import Allocator, Holder, Spec, View, check_dropout
+from ..core.method import Allocator, Holder, Spec, View
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
 from .allocation.ranks import RankAllocator
 from .lora_config import LoraConfig
+from .parts.dropout import check_dropout
 from .parts.low_rank import LowRank
 
 
@@ -74,6 +75,8 @@ OTHERS = (
 
 @method("adalora", AdaLoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter), prefix="lora_")
 class AdaLoRA(LowRank):
+    dropout = "lora_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, AdaLoraConfig)
         check_dropout(site, key, "lora_dropout", config.lora_dropout)
@@ -113,9 +116,6 @@ class AdaLoRA(LowRank):
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         return p.lora_A * p.lora_E, p.lora_B * (p.lora_alpha / (p.ranknum + 1e-5))
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.lora_dropout(x) if x.is_floating_point() else x
 
     def allocator(self, layers: Mapping[str, Holder], adapter: str) -> Allocator:
         return RankAllocator(layers, adapter, next(iter(layers.values())).view(adapter).config)

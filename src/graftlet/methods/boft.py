@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import InputMap, Spec, Stage, View, Weights, check_dropout
+from ..core.method import InputMap, Spec, Stage, View, Weights
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import check_dropout
 from .parts.rotation import BlockDropout, cayley
 
 

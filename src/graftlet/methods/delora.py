@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from ..config import Excludes, Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View, input_dropout
+from ..core.method import Spec, View
 from ..core.target import by_pattern
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import LowRank, kaiming
 
 LEAST = 1e-4
@@ -56,6 +57,8 @@ class DeloraConfig(Targets, Excludes, Layers, Saves, PeftConfig):
 
 @method("delora", DeloraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class DeLoRA(LowRank):
+    dropout = "delora_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, DeloraConfig)
         return {
@@ -80,9 +83,6 @@ class DeLoRA(LowRank):
         p.delora_lambda.fill_(p.strength)
         W = p.site.read()[0].float()
         p.delora_w_norm.copy_(W.norm(dim=1 if p.site.stack else 0).reshape(p.delora_w_norm.shape))
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.delora_dropout(x)
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         A = p.delora_A / p.delora_A.norm(dim=1, keepdim=True).clamp(min=LEAST) * p.delora_w_norm

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Delta, Holder, Spec, View, check_dropout
+from ..core.method import Delta, Holder, Spec, View
 from ..core.tensors import check_places
 from ..errors import UnsupportedLayerError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Linear, Parameter, Site
+from .parts.dropout import check_dropout
 from .parts.joint import joint
 from .parts.low_rank import shaped
 
@@ -59,6 +60,8 @@ class FrodConfig(Targets, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("frod", FrodConfig, sites=(Linear, Conv1D, Conv, Attention, Parameter))
 class FRoD(Delta):
+    dropout = "frod_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, FrodConfig)
         check_dropout(site, key, "frod_dropout", config.frod_dropout)
@@ -133,9 +136,6 @@ class FRoD(Delta):
                     start(p, V)
                 if new and p.init_weights and not p.frod_lambda_l.is_meta:
                     p.frod_lambda_l.copy_(p.frod_start)
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.frod_dropout(x)
 
     def delta(self, p: View) -> Tensor:
         return shaped(p.site, p.frod_U @ core(p) @ p.frod_V.T)

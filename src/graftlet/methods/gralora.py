@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Delta, Spec, View, input_dropout
+from ..core.method import Delta, Spec, View
 from ..errors import ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import kaiming, shaped, through
 
 
@@ -57,6 +58,8 @@ class GraloraConfig(Targets, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("gralora", GraloraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class GraLoRA(Delta):
+    dropout = "gralora_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, GraloraConfig)
         k = config.gralora_k
@@ -89,9 +92,6 @@ class GraLoRA(Delta):
             kaiming(p.gralora_B_general, p.site.stack)
         for last in (p.gralora_B, *([p.gralora_B_general] if p.hybrid_r else [])) if p.init_weights else ():
             last.zero_()
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.gralora_dropout(x)
 
     def delta(self, p: View) -> Tensor:
         A, B = runs(p)

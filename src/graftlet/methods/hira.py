@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Rewrite, Spec, Stage, View, Weights, check_dropout
+from ..core.method import Rewrite, Spec, Stage, View, Weights
 from ..core.target import by_pattern
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import check_dropout
 
 
 @dataclass(kw_only=True)

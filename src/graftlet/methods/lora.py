@@ -31,6 +31,7 @@ from .variants import wrapped
 @method("lora", LoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class LoRA(Delta):
     universal = True
+    dropout = "lora_dropout"
     scales = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
     def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
@@ -100,10 +101,6 @@ class LoRA(Delta):
     def delta_bias(self, p: View) -> Tensor | None:
         return p.lora_B_bias * p.scaling if p.lora_bias else None
 
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        idle = isinstance(p.lora_dropout, nn.Identity) or not x.is_floating_point()
-        return x if idle else p.lora_dropout(x)
-
     def update(self, p: View, x: Tensor) -> Tensor:
         A, B = factors(p)
         y = p.site.mix(p.site.op(x, A), B)
@@ -112,11 +109,9 @@ class LoRA(Delta):
         return y * p.scaling
 
     def thin(self, p: View) -> Thin | None:
-        dropout = p.lora_dropout
-        known = isinstance(dropout, (nn.Identity, nn.Dropout))
-        if not (p.site.linear and known) or p.lora_bias or isinstance(p.scaling, Tensor):
+        rate = self.rate(p)
+        if not p.site.linear or rate is None or p.lora_bias or isinstance(p.scaling, Tensor):
             return None
-        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return Thin(p.lora_A, p.lora_B, p.scaling, rate)
 
     def factored(self, p: View) -> Factors:

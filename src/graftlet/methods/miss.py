@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Excludes, Layers, PeftConfig, Saves, Targets
-from ..core.method import Delta, Method, Rewrite, Spec, Stage, View, Weights, check_dropout, input_dropout
+from ..core.method import Delta, Method, Rewrite, Spec, Stage, View, Weights
 from ..errors import ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import check_dropout, input_dropout
 from .parts.low_rank import kaiming, shaped
 
 
@@ -47,6 +48,8 @@ class MissConfig(Targets, Excludes, Layers, Saves, PeftConfig):
 
 @method("miss", MissConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class MiSS(Delta):
+    dropout = "miss_dropout"
+
     def pick(self, site: Site, config: PeftConfig, key: str) -> Method:
         assert isinstance(config, MissConfig)
         return MiSSBat() if config.init_weights == "bat" else self
@@ -67,9 +70,6 @@ class MiSS(Delta):
             p.miss_block.zero_()
         else:
             kaiming(p.miss_block, p.site.stack)
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.miss_dropout(x)
 
     def delta(self, p: View) -> Tensor:
         slices = -(-p.site.columns // p.r)

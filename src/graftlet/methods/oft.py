@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import InputMap, Spec, Stage, View, check_dropout
+from ..core.method import InputMap, Spec, Stage, View
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
-from .parts.rotation import BlockDropout, cayley, neumann, skew
+from .parts.dropout import check_dropout
+from .parts.rotation import BlockDropout, cayley, identity, neumann, skew
 
 
 @dataclass(kw_only=True)
@@ -91,7 +92,7 @@ class OFT(InputMap):
 
     def map(self, p: View, v: Tensor, transpose: bool = False) -> Tensor:
         R = vars(p)["dropped"] if "dropped" in vars(p) else rotation(p)
-        turn = (R.mT if transpose else R) - torch.eye(p.oft_block_size, dtype=R.dtype, device=R.device)
+        turn = (R.mT if transpose else R) - identity(p.oft_block_size, R.dtype, R.device)
         turn = turn.expand(p.r, -1, -1).to(v.dtype)
         return v + torch.einsum("...ni,nij->...nj", v.unflatten(-1, (p.r, p.oft_block_size)), turn).flatten(-2)
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View, input_dropout
+from ..core.method import Spec, View
 from ..errors import ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import LowRank
-from .parts.rotation import cayley, neumann, skew
+from .parts.rotation import cayley, identity, neumann, skew
 
 
 @dataclass(kw_only=True)
@@ -67,6 +68,8 @@ class PsoftConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("psoft", PsoftConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class PSOFT(LowRank):
+    dropout = "psoft_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, PsoftConfig)
         most = min(site.features_out, site.columns)
@@ -106,16 +109,13 @@ class PSOFT(LowRank):
         p.psoft_A.copy_((V * S.sqrt() if halved else V).mT)
         p.psoft_B.copy_(U * (S.sqrt() if halved else S))
 
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.psoft_dropout(x)
-
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         turn = rotation(p) if p.psoft_orth else p.psoft_R
         if p.psoft_mag_b:
             turn = p.psoft_R_vector_b[:, None] * turn
         if p.psoft_mag_a:
             turn = turn * p.psoft_R_vector_a
-        change = turn - torch.eye(p.r, dtype=turn.dtype, device=turn.device)
+        change = turn - identity(p.r, turn.dtype, turn.device)
         return p.psoft_A, p.psoft_B @ change.to(p.psoft_B.dtype) * p.scaling
 
 

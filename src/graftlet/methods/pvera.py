@@ -42,7 +42,7 @@ class PveraConfig(SharedPairConfig):
 
 @method("pvera", PveraConfig, sites=(Linear, Conv1D, Conv, Embedding), prefix="pvera_lambda_")
 class PVeRA(SharedPair):
-    name = "pvera"
+    name, dropout = "pvera", "pvera_dropout"
     heads = 2
 
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View, input_dropout
+from ..core.method import Spec, View
 from ..errors import ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import LowRank
 
 
@@ -57,6 +58,8 @@ class RandLoraConfig(Targets, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("randlora", RandLoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class RandLoRA(LowRank):
+    dropout = "randlora_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, RandLoraConfig)
         return {
@@ -101,9 +104,6 @@ class RandLoRA(LowRank):
     def unpack(self, p: View, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Files may hold what is shared once more at every layer."""
         return {key: tensor for key, tensor in given.items() if key not in ("randlora_A", "randlora_B")}
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.randlora_dropout(x)
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         small, large = sorted((p.site.features_out, p.site.columns))

@@ -98,6 +98,9 @@ class SHiRA(Delta):
     def delta(self, p: View) -> Tensor:
         return dense(p.shira_weight, places(p), p.site)
 
+    def rounded(self, p: View, dtype: torch.dtype) -> Tensor:
+        return dense(p.shira_weight.to(dtype), places(p), p.site)
+
     def onto(self, p: View, W: Tensor) -> Tensor:
         return onto(W, p.shira_weight, places(p))
 

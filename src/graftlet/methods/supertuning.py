@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, Saves, Targets
-from ..core.method import Delta, Spec, View, check_dropout
+from ..core.method import Delta, Spec, View
 from ..core.tensors import check_places
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import check_dropout
 from .parts.low_rank import through
 from .parts.sparse import applied, dense, few, onto
 
@@ -97,10 +98,16 @@ class SuperTuning(Delta):
         check_places(p.supertuning_indices, p.site.features_out * p.site.columns, "supertuning_indices")
 
     def delta(self, p: View) -> Tensor:
-        dW = dense(p.supertuning_values, p.supertuning_indices.long(), p.site)
+        dW = self._sparse(p, p.supertuning_values.dtype)
         if p.r is None:
             return dW
         return dW + p.supertuning_scaling * (p.supertuning_lora_B @ p.supertuning_lora_A).reshape(dW.shape)
+
+    def _sparse(self, p: View, dtype: torch.dtype) -> Tensor:
+        return dense(p.supertuning_values.to(dtype), p.supertuning_indices.long(), p.site)
+
+    def rounded(self, p: View, dtype: torch.dtype) -> Tensor:
+        return self._sparse(p, dtype) if p.r is None else super().rounded(p, dtype)
 
     def onto(self, p: View, W: Tensor) -> Tensor:
         return onto(W, p.supertuning_values, p.supertuning_indices.long()) if p.r is None else super().onto(p, W)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View, input_dropout
+from ..core.method import Spec, View
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import LowRank
 
 
@@ -56,6 +57,8 @@ class TinyLoraConfig(Targets, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("tinylora", TinyLoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class TinyLoRA(LowRank):
+    dropout = "tinylora_dropout"
+
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
         assert isinstance(config, TinyLoraConfig)
         return {
@@ -98,9 +101,6 @@ class TinyLoRA(LowRank):
         p.tinylora_B.copy_(U[..., : p.r] * root[..., None, :])
         generator = torch.Generator("cpu").manual_seed(p.projection_seed + p.number)
         p.tinylora_P.copy_(torch.randn(p.tinylora_P.shape, generator=generator) / math.sqrt(p.r))
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.tinylora_dropout(x)
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         v = p.tinylora_v[p.group].to(p.tinylora_P.dtype)

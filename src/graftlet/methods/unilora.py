@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config import FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View, input_dropout
+from ..core.method import Spec, View
 from ..core.tensors import check_places
 from ..errors import DependencyError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import LowRank
 
 
@@ -55,6 +56,8 @@ class UniLoraConfig(Targets, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("unilora", UniLoraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class UniLoRA(LowRank):
+    dropout = "unilora_dropout"
+
     exact_start = False
 
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
@@ -105,9 +108,6 @@ class UniLoRA(LowRank):
     def check_loaded(self, p: View) -> None:
         for indices in (p.unilora_indices_A, p.unilora_indices_B):
             check_places(indices, len(p.unilora_theta_d), "unilora_indices")
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.unilora_dropout(x)
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         theta = p.unilora_theta_d

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config import Excludes, FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ..core.method import Spec, View, input_dropout
+from ..core.method import Spec, View
 from ..core.tensors import check_places
 from ..errors import AdapterFileError, ConfigError
 from ..registry import method
 from ..weights.site import Attention, Conv, Conv1D, Embedding, Linear, Parameter, Site
+from .parts.dropout import input_dropout
 from .parts.low_rank import LowRank
 
 
@@ -59,6 +60,8 @@ class VBLoRAConfig(Targets, Excludes, Layers, Saves, FanInFanOut, PeftConfig):
 
 @method("vblora", VBLoRAConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter))
 class VBLoRA(LowRank):
+    dropout = "vblora_dropout"
+
     exact_start = False
 
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
@@ -88,9 +91,6 @@ class VBLoRA(LowRank):
     def init(self, p: View) -> None:
         p.vblora_logits_A.normal_(std=p.init_logits_std)
         p.vblora_logits_B.normal_(std=p.init_logits_std)
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return p.vblora_dropout(x)
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         A, B = mixtures(p, p.vblora_logits_A), mixtures(p, p.vblora_logits_B)

@@ -31,4 +31,4 @@ class VeraConfig(SharedPairConfig):
 
 @method("vera", VeraConfig, sites=(Linear, Conv1D, Conv, Embedding, Attention, Parameter), prefix="vera_lambda_")
 class VeRA(SharedPair):
-    name = "vera"
+    name, dropout = "vera", "vera_dropout"

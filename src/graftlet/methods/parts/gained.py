@@ -74,10 +74,18 @@ def gained(z: Tensor, gain: Tensor, b: Tensor | None, over: Tensor | None = None
     """(z - b) gain + b for `z [..., out]`, in z's dtype: computed in single precision, rounded once. over: the gain is what
     this, a constant, divides it to.
     """
-    y: Any = Gained.apply(z, gain, over)
+    wider = z.dtype != gain.dtype and torch.is_grad_enabled()
+    y: Any = Gained.apply(z, gain, over) if wider else _times(z, gain if over is None else gain / over)
     if b is None:
         return y
     return y + (b - b * (gain if over is None else gain / over).to(b.dtype))
+
+
+def _times(z: Tensor, gain: Tensor) -> Tensor:
+    if z.dtype == gain.dtype:
+        return z * gain
+    y = fast_gain(z, gain)
+    return torch.mul(z, gain, out=torch.empty_like(z)) if y is None else y
 
 
 class Gained(torch.autograd.Function):
@@ -88,8 +96,7 @@ class Gained(torch.autograd.Function):
         dtype, gain = gain.dtype, gain if over is None else gain / over
         ctx.save_for_backward(z, gain, over)
         ctx.dtype = dtype
-        y = fast_gain(z, gain)
-        return torch.mul(z, gain, out=torch.empty_like(z)) if y is None else y
+        return _times(z, gain)
 
     @staticmethod
     @once_differentiable

@@ -7,13 +7,15 @@ import math
 
 from torch import Tensor
 
-from ...core.algebra import Factors
+from ...core.algebra import Factors, Thin
 from ...core.method import Delta, View
 from ...weights.site import Site
 
 
 class LowRank(Delta):
     """dW = B A, however the two are made. A subclass gives `factors`."""
+
+    derives = True
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         """A `[r, columns]` and B `[out, r]`."""
@@ -28,6 +30,11 @@ class LowRank(Delta):
             return None  # each matrix of a stack, and each group, has factors of its own
         A, B = self.factors(p)
         return Factors(A[None], B[None])
+
+    def thin(self, p: View) -> Thin | None:
+        if not p.site.linear or type(self).update is not LowRank.update or (rate := self.rate(p)) is None:
+            return None
+        return Thin(*self.factors(p), 1.0, rate)
 
     def update(self, p: View, x: Tensor) -> Tensor:
         return through(p.site, x, *self.factors(p))

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Excludes, Layers, PeftConfig, Saves, Targets
-from ...core.method import View, check_dropout
+from ...core.method import View
 from ...core.target import by_pattern
 from ...weights.site import Site
+from .dropout import check_dropout
 
 
 @dataclass(kw_only=True)

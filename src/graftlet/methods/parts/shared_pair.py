@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ...config import FanInFanOut, Layers, PeftConfig, Saves, Targets
-from ...core.method import Spec, View, input_dropout
+from ...core.method import Spec, View
 from ...errors import ConfigError
 from ...weights.site import Site
+from .dropout import input_dropout
 from .low_rank import LowRank
 
 
@@ -46,8 +47,7 @@ class SharedPair(LowRank):
     heads: ClassVar[int] = 1
 
     def settings(self, site: Site, config: PeftConfig, key: str) -> dict[str, Any]:
-        rate = getattr(config, f"{self.name}_dropout")
-        return {f"{self.name}_dropout": input_dropout(site, key, f"{self.name}_dropout", rate)}
+        return {self.dropout: input_dropout(site, key, self.dropout, getattr(config, self.dropout))}
 
     def commons(self, config: PeftConfig, sites: Mapping[str, Site]) -> dict[str, Spec]:
         assert isinstance(config, SharedPairConfig)
@@ -74,9 +74,6 @@ class SharedPair(LowRank):
             b.zero_()
         else:
             b.normal_()
-
-    def drop(self, p: View, x: Tensor) -> Tensor:
-        return vars(p)[f"{self.name}_dropout"](x)
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         (b, d), (A, B) = self.own(p), self.pair(p)

@@ -12,7 +12,7 @@ from ...weights.site import Site
 def dense(values: Tensor, places: Tensor, site: Site) -> Tensor:
     """The matrix written out, in the shape of a site's weight (of one expert's, in a stack)."""
     shape = site.shape[1:] if site.stack else site.shape
-    return values.new_zeros(shape.numel()).index_add(0, places, values).reshape(shape)
+    return values.new_zeros(shape.numel()).index_add_(0, places, values).reshape(shape)
 
 
 def onto(W: Tensor, values: Tensor, places: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def scattered(x: Tensor, values: Tensor, rows: Tensor, columns: Tensor, height: 
     """A matrix of `height` rows on x, place by place."""
     picked = x.index_select(-1, columns) * values
     shape = (*x.shape[:-1], height)
-    return torch.zeros(shape, dtype=picked.dtype, device=picked.device).index_add(-1, rows, picked)
+    return picked.new_zeros(shape).index_add_(-1, rows, picked)
 
 
 def seeded_places(count: int, among: int, seed: int | None, stack: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from ...core.algebra import Factors
+from ...core.algebra import Factors, Thin
 from ...core.method import Delta, Method, Spec, View
 from ...errors import ConfigError
 from ...weights.site import Site
@@ -70,6 +70,8 @@ class Wrapper(Method):
 class DeltaWrapper(Wrapper, Delta):
     """A wrapper that is a `Delta` itself: the inner one's, of other factors (`seen`)."""
 
+    derives = True
+
     def seen(self, p: View) -> View:
         """The view as the inner method has to see it."""
         return p
@@ -79,6 +81,10 @@ class DeltaWrapper(Wrapper, Delta):
 
     def factored(self, p: View) -> Factors | None:
         return self.inner.factored(self.seen(p))
+
+    def thin(self, p: View) -> Thin | None:
+        as_inner = type(self).update is DeltaWrapper.update and type(self).drop is DeltaWrapper.drop
+        return self.inner.thin(self.seen(p)) if as_inner else None
 
     def delta_bias(self, p: View) -> Tensor | None:
         return self.inner.delta_bias(p)
