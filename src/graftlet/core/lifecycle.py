@@ -200,13 +200,14 @@ def unload(model: nn.Module) -> None:
 
 def mark_trainable(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
     """Freeze the base; the active adapters of `configs` learn, and the biases that they name."""
-    ours = {id(p) for _, host in hosts(model) for n in host.adapters for p in host.trainable(n).values()}
-    ours |= {id(p) for _, box in commons(model) for p in box.parameters()}
+    found, boxes = standing(model)
+    ours = {id(p) for host in found for n in host.adapters for p in host.parameters_of(n)}
+    ours |= {id(p) for box in boxes for p in box.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
             parameter.requires_grad = False
     for name, config in configs.items():
-        active = any(name in host.active_adapters for _, host in hosts(model))
+        active = any(name in host.active_adapters for host in found)
         if active and not config.inference_mode:
             for bias in biases(model, config, name).values():
                 bias.requires_grad = True

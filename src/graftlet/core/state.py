@@ -54,12 +54,23 @@ class Fit:
         return [f"{len(keys)} {kind}: {listing(keys, 4)}" for kind, keys in kinds.items() if keys]
 
 
+Placed = list[tuple[str, AdapterHost]]
+"""The wrappers that an adapter is on, with their paths in its file."""
+
+
 def slots(
-    model: nn.Module, adapter: str, config: PeftConfig | None = None, given: Iterable[str] = ()
+    model: nn.Module,
+    adapter: str,
+    config: PeftConfig | None = None,
+    given: Iterable[str] = (),
+    there: Placed | None = None,
 ) -> dict[str, Slot]:
-    """All that an adapter's file holds, by key; of what other writers put into it besides, what is `given`."""
+    """All that an adapter's file holds, by key; of what other writers put into it besides, what is `given`.
+
+    there: what `placed` says, where that is known.
+    """
     found: dict[str, Slot] = {}
-    for path, host, held in _saved_hosts(model, adapter, frozenset(given)):
+    for path, host, held in _saved_hosts(model, adapter, frozenset(given), there):
         found.update({f"{path}.{key}": Slot(tensor, host, key) for key, tensor in held.items()})
     for path, box in commons(model):
         for entry, tensor in box.tensors(adapter).items():
@@ -70,7 +81,7 @@ def slots(
     return found
 
 
-def placed(model: nn.Module, adapter: str) -> list[tuple[str, AdapterHost]]:
+def placed(model: nn.Module, adapter: str) -> Placed:
     """The wrappers that an adapter is on, with their paths in its file: as if it were alone in the model.
 
     Those of one module's parameters then stand inside each other in the model's order, whatever their order is here.
@@ -93,12 +104,12 @@ def _rank(layer: AdaptedLayer) -> int:
 
 
 def _saved_hosts(
-    model: nn.Module, adapter: str, given: frozenset[str] = frozenset()
+    model: nn.Module, adapter: str, given: frozenset[str] = frozenset(), there: Placed | None = None
 ) -> Iterator[tuple[str, AdapterHost, dict[str, Tensor]]]:
     """The wrappers that stand in an adapter's file, with its tensors: rows of tokens that layers share stand there once."""
     inner = {id(m.inner) for m in modules(model) if isinstance(m, Shell)}
     seen: set[int] = set()
-    for path, host in placed(model, adapter):
+    for path, host in placed(model, adapter) if there is None else there:
         held = host.state(adapter)
         tensors = {id(t) for t in held.values()}
         again = id(host) in inner and tensors <= seen
@@ -118,10 +129,9 @@ def collect(model: nn.Module, adapter: str, config: PeftConfig | None = None) ->
     return {**found, **{key: slot.tensor for key, slot in others.items()}}
 
 
-def unpacked(model: nn.Module, adapter: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's tensors as the layers hold them."""
+def unpacked(there: Placed, adapter: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors as the layers hold them. there: what `placed` says."""
     by_path: dict[str, dict[str, Tensor]] = {}
-    there = placed(model, adapter)
     paths = {path for path, _ in there}
     rest: dict[str, Tensor] = {}
     for key, tensor in given.items():

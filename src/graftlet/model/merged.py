@@ -81,7 +81,7 @@ class Merged:
         self.paths = {host: path for path, host in hosts(model)}
         wanted = state.slots(model, NAME, self.config, self.tensors)
         self.tensors = embeddings.without_levels(self.tensors, wanted, NAME)
-        given = state.unpacked(model, NAME, self.tensors)
+        given = state.unpacked(state.placed(model, NAME), NAME, self.tensors)
         whole = embeddings.slots(model, given)
         if complaints := state.fit({**wanted, **whole}, given).complaints():
             raise AdapterFileError(f"{self.adapter} does not fit the base: {'; '.join(complaints)}.")

@@ -377,7 +377,6 @@ class PeftModel(ManyAdapters, nn.Module):
             model_id, config, checks := save.Checks.of(kwargs), key_mapping=key_mapping, **kwargs
         )
         chosen.inference_mode = not is_trainable
-        known, recorded = fingerprint.taken(model), stored.metadata.get(fingerprint.KEY)
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(chosen.task_type), PeftModel) if cls is PeftModel else cls
         vocabulary = stored.metadata.get(save.VOCABULARY)
         stored = save.unfused(stored, model, chosen, str(model_id))
@@ -386,6 +385,7 @@ class PeftModel(ManyAdapters, nn.Module):
         made = kind(model, chosen, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, _init=False)
         with made._undone_on_error(before, fresh=True):
             save.load_verified(made, stored, adapter_name, strict, str(model_id))
+            known, recorded = made._fingerprint, stored.metadata.get(fingerprint.KEY)
             check_base(model, known, chosen, recorded, str(model_id), checks.base)
             made._loaded([adapter_name], chosen)
         return made

@@ -280,10 +280,8 @@ def is_seq2seq(model: Any) -> bool:
 
 def checkpoints(base: Any) -> bool:
     """Whether a transformers model recomputes its activations; 5.x calls that another name than 4.x."""
-    known = (
-        "is_activation_checkpointing" if hasattr(base, "is_activation_checkpointing") else "is_gradient_checkpointing"
-    )
-    return bool(getattr(base, known, False))
+    found = getattr(base, "is_activation_checkpointing", None)  # each of them looks through the whole model
+    return bool(getattr(base, "is_gradient_checkpointing", False) if found is None else found)
 
 
 Run = Callable[..., Any]

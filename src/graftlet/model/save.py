@@ -11,6 +11,7 @@ import json
 import os
 from collections import namedtuple
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ from ..core.host import check_known, standing
 from ..core.lifecycle import adapters_of, relink
 from ..errors import AdapterFileError, AdapterNameError, KeysWarning, shown, warn
 from ..files import TensorFile, dropped_on_error, find_file, read_pickle, settle, write_beside, write_tensors
-from ..weights.whole import made_whole
+from ..weights.whole import in_parts, made_whole
 from . import embeddings, fused, prompting
 from .parts import configs_of, root_of
 
@@ -95,31 +96,63 @@ def set_peft_model_state_dict(
     """
     model = root_of(model)
     config = configs_of(model).get(adapter_name)
-    if config is None or not config.is_prompt_learning:
-        check_known([adapter_name], adapters_of(model))
-    held = {id(tensor) for key, tensor in embeddings.embedding_weights(model).items() if key in peft_model_state_dict}
-    with made_whole(model, _tensors_of(model, adapter_name, config) | held, changed=True):
-        return _set(model, config, peft_model_state_dict, adapter_name, ignore_mismatched_sizes)
-
-
-def _set(
-    model: nn.Module,
-    config: PeftConfig | None,
-    peft_model_state_dict: Mapping[str, Tensor],
-    adapter_name: str,
-    ignore_mismatched_sizes: bool,
-) -> Any:
     if config is not None and config.is_prompt_learning:
-        return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes))
-    wanted = state.slots(model, adapter_name, config, peft_model_state_dict)
-    given = state.unpacked(model, adapter_name, embeddings.without_levels(peft_model_state_dict, wanted, adapter_name))
-    wanted.update(embeddings.slots(model, given))
-    report = state.fit(wanted, given)
-    wrong = [w.split(" ")[0] for w in report.misshaped]
-    if (report.misshaped or report.mistyped) and not ignore_mismatched_sizes:
-        raise AdapterFileError(f"tensors for adapter {adapter_name!r} do not fit: {'; '.join(report.complaints())}.")
-    state.fill({k: s for k, s in wanted.items() if k not in wrong}, given, adapter_name)
-    return LoadResult(report.missing, report.unexpected)
+        with made_whole(model, _tensors_of(model, adapter_name, config), changed=True):
+            return LoadResult(*prompting.load(model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes))
+    check_known([adapter_name], adapters_of(model))
+    return Places.of(model, adapter_name, peft_model_state_dict).fill(peft_model_state_dict, ignore_mismatched_sizes)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an adapter's tensors belong in a model, found once for a load.
+
+    there: the wrappers that it is on. wanted: all that its file holds, by key. beside: the base's embeddings, by key.
+    """
+
+    model: nn.Module
+    adapter: str
+    there: state.Placed
+    wanted: dict[str, state.Slot]
+    beside: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter: str, given: Mapping[str, Tensor]) -> Places:
+        """The places for a file's tensors."""
+        there = state.placed(model, adapter)
+        wanted = state.slots(model, adapter, configs_of(model).get(adapter), given, there)
+        return cls(model, adapter, there, wanted, embeddings.embedding_weights(model))
+
+    def read(self, given: Mapping[str, Tensor]) -> tuple[dict[str, state.Slot], dict[str, Tensor]]:
+        """The slots that a file's tensors should fill, and these as the layers hold them."""
+        plain = embeddings.without_levels(given, self.wanted, self.adapter)
+        held = state.unpacked(self.there, self.adapter, plain)
+        return {**self.wanted, **{key: state.Slot(t) for key, t in self.beside.items() if key in held}}, held
+
+    def fit(self, given: Mapping[str, Tensor]) -> state.Fit:
+        """How a file's tensors (real, or on meta) fit."""
+        return state.fit(*self.read(given))
+
+    def fill(self, given: Mapping[str, Tensor], ignore_mismatched_sizes: bool = False) -> LoadResult:
+        """Put a file's tensors into their places. Raises `AdapterFileError`, nothing changed, where they do not fit."""
+        wanted, held = self.read(given)
+        report = state.fit(wanted, held)
+        wrong = [w.split(" ")[0] for w in report.misshaped]
+        if (report.misshaped or report.mistyped) and not ignore_mismatched_sizes:
+            raise AdapterFileError(
+                f"tensors for adapter {self.adapter!r} do not fit: {'; '.join(report.complaints())}."
+            )
+        with self._whole([slot.tensor for slot in wanted.values()]) as known:
+            slots = {key: replace(slot, tensor=known.get(id(slot.tensor), slot.tensor)) for key, slot in wanted.items()}
+            state.fill({key: slot for key, slot in slots.items() if key not in wrong}, held, self.adapter)
+        return LoadResult(report.missing, report.unexpected)
+
+    def _whole(self, tensors: list[Tensor]) -> AbstractContextManager[Mapping[int, Tensor]]:
+        """A block in which these tensors, and those that they are made of, are whole."""
+        tensors = [*tensors, *(p for host in standing(self.model)[0] for p in host.trainable(self.adapter).values())]
+        if not any(map(in_parts, tensors)):
+            return nullcontext({})
+        return made_whole(self.model, {id(tensor) for tensor in tensors}, changed=True)
 
 
 def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool | None, origin: str) -> Any:
@@ -130,7 +163,9 @@ def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool | 
     """
     model = root_of(model)
     strict = limits.STRICT_LOADS if strict is None else strict
-    report = _misfit(model, adapter, given.shapes())
+    prompt, shapes = configs_of(model)[adapter].is_prompt_learning, given.shapes()
+    places = None if prompt else Places.of(model, adapter, shapes)
+    report = prompting.misfit(model, adapter, shapes) if places is None else places.fit(shapes)
     complaints = report.complaints()
     if complaints and (strict or report.misshaped or report.mistyped):
         hint = embeddings.vocabulary_hint(report.misshaped)
@@ -146,10 +181,7 @@ def load_verified(model: nn.Module, given: Stored, adapter: str, strict: bool | 
         complaints += state.unfinite(tensors)
     if complaints:
         warn(KeysWarning, f"{origin}: {'; '.join(complaints)}.", stacklevel=5)
-    if not configs_of(model)[adapter].is_prompt_learning:
-        wanted = state.slots(model, adapter, configs_of(model)[adapter], tensors)
-        tensors = state.unpacked(model, adapter, embeddings.without_levels(tensors, wanted, adapter))
-    result = set_peft_model_state_dict(model, tensors, adapter)
+    result = set_peft_model_state_dict(model, tensors, adapter) if places is None else places.fill(tensors)
     relink(model, adapter)
     _fill_missing(model, adapter, report.missing)
     state.check_loaded(model, adapter, origin)
@@ -170,16 +202,6 @@ def check_same_config(held: PeftConfig, given: PeftConfig, adapter: str, origin:
 
 NOT_COMPARED = {f.name for kind in (PeftConfig, Targets, Excludes, Layers, FanInFanOut) for f in fields(kind)}
 """What may differ between an adapter and a checkpoint of it: which layers it is on is told by the tensors."""
-
-
-def _misfit(model: nn.Module, adapter: str, shapes: Mapping[str, Tensor]) -> state.Fit:
-    """How the kinds and shapes of a file's tensors fit an adapter."""
-    config = configs_of(model)[adapter]
-    if config.is_prompt_learning:
-        return prompting.misfit(model, adapter, shapes)
-    wanted = state.slots(model, adapter, config, shapes)
-    held = state.unpacked(model, adapter, embeddings.without_levels(shapes, wanted, adapter))
-    return state.fit({**wanted, **embeddings.slots(model, held)}, held)
 
 
 @torch.no_grad()

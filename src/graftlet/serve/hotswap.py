@@ -167,7 +167,7 @@ def _worked_out(
 ) -> Exchange:
     adapter = work.adapter
     wanted = state.slots(model, adapter, configs_of(model)[adapter], tensors)
-    given = state.unpacked(model, adapter, tensors)
+    given = state.unpacked(state.placed(model, adapter), adapter, tensors)
     resized = {word.split(" ")[0] for word in state.fit(wanted, given).misshaped}
     for path, host in found.items():
         own = {key for key, slot in wanted.items() if slot.host is host}
