@@ -28,6 +28,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import graftlet
 from graftlet.registry import Entry, entries
@@ -133,6 +134,15 @@ class Runs:
     def merge(self) -> None:
         self.model.merge_adapter()
 
+    def busy(self) -> float:
+        """Milliseconds that the device works for a step, whatever the host does meanwhile."""
+        if DEVICE == "cpu":
+            return 0.0
+        with profile(activities=[ProfilerActivity.CUDA]) as told:
+            self.step()
+            torch.cuda.synchronize()
+        return round(sum(event.self_device_time_total for event in told.key_averages()) / 1000, 3)
+
     def peak(self) -> float:
         """GB that a step takes beside what is held before it."""
         if DEVICE == "cpu":
@@ -180,6 +190,7 @@ def row(name: str, config: str, fields: dict[str, Any]) -> Row:
     found: Row = {"method": name, "fields": fields, "inject": {w: round(r.inject, 1) for w, r in runs.items()}}
     found["forward"] = measured(runs, "forward")
     found["step"] = measured(runs, "step")
+    found["busy"] = {who: run.busy() for who, run in runs.items() if who in found["step"]}
     found["GB"] = {who: run.peak() for who, run in runs.items() if who in found["step"]}
     found["merge"] = measured(runs, "merge", lambda run: run.model.unmerge_adapter())
     return found
@@ -192,9 +203,20 @@ def wanted(only: list[str]) -> list[tuple[str, Entry, dict[str, Any]]]:
     return [r for r in rows if not only or r[0] in only]
 
 
+COLUMNS = {
+    "inject": "put in",
+    "forward": "forward",
+    "step": "step",
+    "busy": "step, the device",
+    "GB": "step's memory, GB",
+    "merge": "merge",
+}
+"""What is told of a method, and how a page calls it."""
+
+
 def ratio(found: Row, what: str) -> str:
     """Ours as a share of the reference's, with both times."""
-    ours, theirs = found[what].get("graftlet"), found[what].get("reference")
+    ours, theirs = (found.get(what, {}).get(who) for who in LIBRARIES)
     if ours is None:
         return "none"
     return f"{ours:.3g} (alone)" if not theirs else f"{ours:.3g} / {theirs:.3g} = {ours / theirs:.2f}"
@@ -208,12 +230,11 @@ def page(result: dict[str, Any]) -> str:
         f"{result['shape']}. Graftlet {result['graftlet']} / PEFT {result['reference']}, milliseconds, and the ratio; torch "
         f"{result['torch']}, {result['device']}.{' ' + result['note'] if result['note'] else ''}",
         "",
-        "| method | put in | forward | step | step's memory, GB | merge |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {r['method']} | {' | '.join(ratio(r, what) for what in ('inject', 'forward', 'step', 'GB', 'merge'))} |"
-            for r in result["rows"]
-        ),
+        f"| method | {' | '.join(COLUMNS.values())} |",
+        "|---" * (1 + len(COLUMNS)) + "|",
+        *(f"| {r['method']} | {' | '.join(ratio(r, what) for what in COLUMNS)} |" for r in result["rows"]),
+        "",
+        "Times of steps are the clock's, a host's among them; of a step, what the device works is told beside.",
         "",
         "PEFT merges without a check and cannot bring the weights' bits back; Graftlet checks each merge and can.",
     ]
@@ -240,9 +261,7 @@ def main() -> None:
             continue
         found = row(name, entry.config.__name__, copy.deepcopy(fields))
         rows.append(found)
-        print(
-            name, *(f"{what} {ratio(found, what)}" for what in ("inject", "forward", "step", "GB", "merge")), sep="; "
-        )
+        print(name, *(f"{what} {ratio(found, what)}" for what in COLUMNS), sep="; ")
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()

@@ -83,22 +83,23 @@ class Lowered(TorchFunctionMode):
 
 
 class TwoHalves(torch.autograd.Function):
-    """x W^T for W in single precision, by two products in the input's dtype."""
+    """x W^T for W in single precision, by two products in the input's dtype; the input's gradient, which is rounded as much
+    itself, by the rounded weight alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
         high = W.to(x.dtype)
         low = (W - high).to(x.dtype)
-        ctx.save_for_backward(x, high, low)
+        ctx.save_for_backward(x, high)
         rows = x.reshape(-1, x.shape[-1])
         return torch.mm(rows, low.t()).addmm_(rows, high.t()).view(*x.shape[:-1], len(W))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, high, low = ctx.saved_tensors
-        dy, dx = grads[0].reshape(-1, high.shape[0]), None
-        if ctx.needs_input_grad[0]:
-            dx = torch.mm(dy, low).addmm_(dy, high).view(x.shape)
+        x, high = ctx.saved_tensors
+        dy = grads[0].reshape(-1, high.shape[0])
+        dx = torch.mm(dy, high).view(x.shape) if ctx.needs_input_grad[0] else None
         dW = scaled(dy.t(), x.reshape(-1, x.shape[-1]), 1.0, torch.float32) if ctx.needs_input_grad[1] else None
         return dx, dW

@@ -11,7 +11,7 @@ from ...core.context import kept
 
 def skew(v: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices `[n, size, size]` from their upper triangles, row by row."""
-    flat = v.new_zeros(v.shape[0], size * size).index_copy_(1, _above(size, v.device), v)
+    flat = v.new_zeros(v.shape[0], size * size).index_copy(1, _above(size, v.device), v)
     upper = flat.view(-1, size, size)
     return upper - upper.mT
 
