@@ -43,7 +43,7 @@ def test_a_step_is_the_plain_one(case: Case, dtype: torch.dtype, monkeypatch: py
     assert any(served)
 
 
-@pytest.mark.parametrize("rows", [1, 1 << 13])
+@pytest.mark.parametrize("rows", [1, 1 << 15])
 def test_few_inputs_take_the_plain_way(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it would save the products, it would cost the host."""
     x = torch.randn(rows, 32)

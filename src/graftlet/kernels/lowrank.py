@@ -41,7 +41,7 @@ def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
 
 def worth(x: Tensor) -> int:
     """From how many numbers on the step, which the host takes longer for, is worth it where factors have to be made too."""
-    return 1 << 25 if kind_of(x) == "cuda" else 1 << 18
+    return 1 << 25 if kind_of(x) == "cuda" else 1 << 20
 
 
 def product_of(x: Tensor, thin: Thin, product: Product, casts: bool) -> Tensor | None:
