@@ -19,17 +19,11 @@ from . import half
 
 def forward(method: Adding, p: View, x: Tensor, before: Stage) -> Tensor | None:
     """The kernel: for a change that is applied as a whole matrix, on a frozen linear layer that nothing else looks at."""
-    if (
-        not isinstance(method, Delta)
-        or not p.casts
-        or p.dtype == x.dtype
-        or not half.serves(x)
-        or not method.whole(p, x)
-    ):
+    if not isinstance(method, Delta) or not half.serves(x) or not (p.casts and method.whole(p, x)):
         return None
     if x.dim() < 2 or not p.site.linear or (product := before.product()) is None or not isinstance(product.W, Tensor):
         return None
-    if product.dtype != x.dtype or product.casts or method.drop(p, x) is not x:
+    if not product.dtype == x.dtype != p.dtype or product.casts or method.drop(p, x) is not x:
         return None
     with half.lowered(x):
         dW, b, db = method.rounded(p, x.dtype), product.b, method.delta_bias(p)

@@ -8,7 +8,8 @@ import math
 from torch import Tensor
 
 from ...core.algebra import Factors, Thin
-from ...core.method import Delta, View
+from ...core.method import Delta, Stage, View
+from ...core.settled import Settled
 from ...weights.site import Site
 
 
@@ -36,8 +37,17 @@ class LowRank(Delta):
             return None
         return Thin(*self.factors(p), 1.0, rate)
 
+    def settled(self, p: View, before: Stage) -> Settled | None:
+        found = super().settled(p, before)
+        small = found is not None and KEPT * (found.A.numel() + found.B.numel()) <= p.site.shape.numel()
+        return found if small else None
+
     def update(self, p: View, x: Tensor) -> Tensor:
         return through(p.site, x, *self.factors(p))
+
+
+KEPT = 16
+"""Factors are kept in inference where they take at most this part of the weight's memory: what layers share stays shared."""
 
 
 def through(site: Site, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
