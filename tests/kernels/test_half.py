@@ -54,7 +54,8 @@ def test_a_weight_in_two_halves_keeps_small_changes(shape: tuple[int, ...]) -> N
     y.float().square().sum().backward()
     dy = 2 * y.detach().float()
     assert torch.allclose(W.grad, dy.reshape(-1, 17).T @ x.detach().float().reshape(-1, 33), rtol=2e-2, atol=2e-1)
-    assert torch.allclose(x.grad.float(), dy @ W.detach(), rtol=2e-2, atol=2e-1)
+    dx = dy @ W.detach()
+    assert ((x.grad.float() - dx).norm() / dx.norm()) < 2**-8  # by the rounded weight
 
 
 def test_none_is_used_where_single_precision_is_as_fast() -> None:
