@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import graftlet
 from graftlet.weights.site import Linear, site_of
 from graftlet.weights.storage import PLAIN, storage_of
 
@@ -105,6 +106,34 @@ def test_an_ordinary_layer_is_plain() -> None:
     assert storage_of(nn.Linear(2, 2)) is PLAIN
     assert storage_of(nn.LayerNorm(2)) is PLAIN
     assert storage_of(nn.Identity()) is PLAIN
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_on_a_cpu_for_which_bitsandbytes_has_a_layout_of_its_own(nested: bool) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if not functional.has_avx512bf16():
+        pytest.skip("bitsandbytes lays weights out anew on CPUs with AVX512-BF16, which this one has not")
+    torch.manual_seed(0)
+    base = nn.Sequential(four_bit("nf4", nested)(nn.Linear(IN, OUT))).eval()
+    base[0].support_avx512bf16_for_cpu = True
+    x = torch.randn(4, IN)
+    wanted = base(x)
+    assert base[0].weight.quant_state.packing_format_for_cpu
+    config = graftlet.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = graftlet.get_peft_model(base, config).eval()
+    y, site = model(x), site_of(base[0].base_layer)
+    assert site is not None
+    with model.disable_adapter():
+        assert torch.equal(model(x), wanted)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    W = site.read()[0].clone()
+    with pytest.warns(graftlet.errors.RoundingWarning):
+        model.eval().merge_adapter()
+    assert (model(x) - y).norm() < 0.2 * (y - wanted).norm()
+    model.unmerge_adapter()
+    assert torch.equal(site.read()[0], W)
+    assert torch.equal(model(x), y)
 
 
 @pytest.mark.parametrize("nested", [False, True])
