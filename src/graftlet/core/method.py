@@ -22,7 +22,7 @@ from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from .algebra import Algebra, solved
 from .group import Group
 from .kernel import autocasts, fast, fast_map, fast_product
-from .settled import Lean, Settled, as_held, lean
+from .settled import Lean, Settled, lean
 
 if TYPE_CHECKING:
     from ..config import PeftConfig
@@ -373,7 +373,7 @@ class Delta(Adding):
         thin = self.thin(p)
         if thin is None or thin.rate or before.product() is None:
             return None
-        return Settled(thin.A.t(), thin.B.t(), thin.scale, own=as_held(thin.A, thin.B))
+        return Settled(thin.A.t(), thin.B.t(), thin.scale)
 
     def lean(self, p: View, before: Stage) -> Lean | None:
         return lean(self.thin(p), before.product(), p.casts) if type(self).forward is Adding.forward else None

@@ -38,8 +38,8 @@ def as_held(*tensors: Any) -> bool:
 class Settled:
     """An adapter that makes `(y + scale (x A) B) gain + (b - b gain)` of a linear layer's output `y = x W^T + b`.
 
-    A: `[in, r]`. B: `[r, out]`. gain: `[out]`, or None. shift: `b - b gain`, or None where that is nothing. own: A and B
-    are the adapter's own tensors, not made from such.
+    A: `[in, r]`. B: `[r, out]`; the adapter's own tensors, unless its method `derives` such, until it is made `ready`. gain:
+    `[out]`, or None. shift: `b - b gain`, or None where that is nothing.
     """
 
     A: Tensor
@@ -47,12 +47,11 @@ class Settled:
     scale: float = 1.0
     gain: Tensor | None = None
     shift: Tensor | None = None
-    own: bool = False
 
     def ready(self, dtype: torch.dtype) -> Settled:
         """The same with tensors of its own, for inputs of a dtype."""
         B = self.B if self.gain is None else self.B * self.gain
-        return replace(self, A=self.A.to(dtype), B=B.to(dtype), own=False)
+        return replace(self, A=self.A.to(dtype), B=B.to(dtype))
 
     def on(self, y: Tensor, x: Tensor) -> Tensor:
         """What the adapter makes of the layer's output `y [..., out]`, which is written over, for its input `x [..., in]`."""

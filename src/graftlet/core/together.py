@@ -99,7 +99,7 @@ class Together(AdapterHost):
             if found is None or not (self.cast_input_dtype_enabled or found.A.dtype == x.dtype):
                 return None
             if learns:  # an optimiser may write in ways that leave no trace, so its own tensors are read in each call
-                return found if found.own and found.gain is None else None
+                return found if found.gain is None else None
             return found.ready(x.dtype)
 
         key = (name, x.dtype, learns, self.training, self.cast_input_dtype_enabled)
