@@ -34,7 +34,8 @@ def test_sms_spam(tmp_path: Path) -> None:
     before, after, loaded, merged = (m["metric"] for m in summary["measured"])
     assert before <= 0.6
     assert after >= 0.93
-    assert after == loaded == merged
+    assert after == loaded
+    assert abs(merged - after) <= 0.01  # weights of half precision are rounded: two of 200 answers at most
     data = summary["data"]
     assert (data["train"]["examples"], data["test"]["examples"]) == (320, 200)
 

@@ -312,8 +312,10 @@ UNSHARED = {"saved": graftlet.errors.UnsupportedLayerError, "prefix": graftlet.e
 
 def in_four_bits(name: str, folder: str) -> Any:
     """An adapter on a base in 4 bits, whole."""
+    import bitsandbytes.nn.modules as bnb
     from transformers import BitsAndBytesConfig
 
+    bnb.has_avx512bf16 = lambda: False  # the layout for such CPUs has no place for layers as small as these
     packed = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
         bnb_4bit_quant_storage=torch.float32,
