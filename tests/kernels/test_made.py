@@ -90,7 +90,7 @@ def test_wide_factors_are_not_kept() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 1 << 15])
-def test_few_inputs_take_the_plain_way(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_inputs_take_the_plain_way(rows: int) -> None:
     """What it would save the products, it would cost the host."""
     x = torch.randn(rows, 32)
     assert (x.numel() < lowrank.worth(x)) == (rows == 1)

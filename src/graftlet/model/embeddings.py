@@ -68,9 +68,9 @@ def _targeted(model: nn.Module, config: PeftConfig | None) -> dict[str, Tensor]:
     return found
 
 
-def slots(model: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Slot]:
-    """Where a file's embedding weights belong, of those it has."""
-    return {key: Slot(tensor) for key, tensor in embedding_weights(model).items() if key in given}
+def slots(weights: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Slot]:
+    """Where a file's embedding weights belong, of those it has. weights: the model's (`embedding_weights`)."""
+    return {key: Slot(tensor) for key, tensor in weights.items() if key in given}
 
 
 def resized(model: nn.Module, config: PeftConfig | None) -> bool:

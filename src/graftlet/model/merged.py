@@ -79,10 +79,11 @@ class Merged:
         """The layers, by the key of each tensor that merging may change."""
         model = PeftModel(self.skeleton, self.config, NAME, low_cpu_mem_usage=True, _init=False)
         self.paths = {host: path for path, host in hosts(model)}
-        wanted = state.slots(model, NAME, self.config, self.tensors)
+        there = state.placed(model, NAME)
+        wanted = state.slots(model, NAME, self.config, self.tensors, there)
         self.tensors = embeddings.without_levels(self.tensors, wanted, NAME)
-        given = state.unpacked(state.placed(model, NAME), NAME, self.tensors)
-        whole = embeddings.slots(model, given)
+        given = state.unpacked(there, NAME, self.tensors)
+        whole = embeddings.slots(embeddings.embedding_weights(model), given)
         if complaints := state.fit({**wanted, **whole}, given).complaints():
             raise AdapterFileError(f"{self.adapter} does not fit the base: {'; '.join(complaints)}.")
         brought = {id(s.tensor): given[k] for k, s in {**wanted, **whole}.items() if s.host is None}

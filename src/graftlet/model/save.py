@@ -127,7 +127,7 @@ class Places:
         """The slots that a file's tensors should fill, and these as the layers hold them."""
         plain = embeddings.without_levels(given, self.wanted, self.adapter)
         held = state.unpacked(self.there, self.adapter, plain)
-        return {**self.wanted, **{key: state.Slot(t) for key, t in self.beside.items() if key in held}}, held
+        return {**self.wanted, **embeddings.slots(self.beside, held)}, held
 
     def fit(self, given: Mapping[str, Tensor]) -> state.Fit:
         """How a file's tensors (real, or on meta) fit."""

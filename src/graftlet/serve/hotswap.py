@@ -166,8 +166,9 @@ def _worked_out(
     model: nn.Module, found: Mapping[str, AdapterHost], tensors: Mapping[str, Tensor], work: Exchange, origin: str
 ) -> Exchange:
     adapter = work.adapter
-    wanted = state.slots(model, adapter, configs_of(model)[adapter], tensors)
-    given = state.unpacked(state.placed(model, adapter), adapter, tensors)
+    there = state.placed(model, adapter)
+    wanted = state.slots(model, adapter, configs_of(model)[adapter], tensors, there)
+    given = state.unpacked(there, adapter, tensors)
     resized = {word.split(" ")[0] for word in state.fit(wanted, given).misshaped}
     for path, host in found.items():
         own = {key for key, slot in wanted.items() if slot.host is host}
