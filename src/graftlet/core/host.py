@@ -272,12 +272,12 @@ class Standing:
         self.hosts = [i for i, m in enumerate(found) if isinstance(m, AdapterHost)]
         self.commons = [i for i, m in enumerate(found) if isinstance(m, Common)]
 
-    def of(self, model: nn.Module) -> tuple[list[AdapterHost], list[Common]] | None:
-        """The wrappers and boxes, if the model's tree is still the one that was walked."""
+    def of(self, model: nn.Module) -> list[Any] | None:
+        """The modules that were found, if the model's tree is still the one that was walked."""
         found: list[Any] = [known() for known in self.modules]
         if not found or found[0] is not model or None in found or _children(found) != self.children:
             return None
-        return [found[i] for i in self.hosts], [found[i] for i in self.commons]
+        return found
 
     def __deepcopy__(self, memo: Any) -> Standing:
         return Standing()
@@ -288,13 +288,18 @@ class Standing:
 
 def standing(model: nn.Module) -> tuple[list[AdapterHost], list[Common]]:
     """Every wrapper, and every tensor box that layers share, without their paths: quicker than `hosts` and `commons`."""
+    known, found = _walked(model)
+    return [found[i] for i in known.hosts], [found[i] for i in known.commons]
+
+
+def _walked(model: nn.Module) -> tuple[Standing, list[Any]]:
+    """What is known of a model, found anew where its tree is another by now; and its modules."""
     known = model.__dict__.get("_standing")
-    found = None if known is None else known.of(model)
-    if found is None:
+    if known is None or (found := known.of(model)) is None:
         model.__dict__["_standing"] = known = Standing(model)
         found = known.of(model)
     assert found is not None
-    return found
+    return known, found
 
 
 def _standing(model: nn.Module) -> list[nn.Module]:
@@ -321,8 +326,14 @@ def commons(model: nn.Module) -> Iterator[tuple[str, Common]]:
 
 def modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model, but not the boxes of adapters."""
-    for module in _standing(model):
+    for module in _walked(model)[1]:
         yield from module.modules() if isinstance(module, Common) else (module,)
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are no adapter's in a box, each once: as many, whatever the number of adapters."""
+    found = (p for module in modules(model) for p in module._parameters.values() if p is not None)
+    return list({id(p): p for p in found}.values())
 
 
 def _walk(model: nn.Module, alone: str | None = None) -> Iterator[tuple[str, nn.Module]]:

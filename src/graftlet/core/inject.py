@@ -25,7 +25,7 @@ from ..weights.site import Parameter, Site
 from ..weights.whole import made_alike, shape_of, shared_out
 from .around import Block
 from .block import BlockHost, host_for, started
-from .host import AdapterHost, Shell, home_of, standing
+from .host import AdapterHost, Shell, base_parameters, home_of, standing
 from .layer import AdaptedLayer, Branch
 from .lifecycle import relink
 from .merging import restored_on_error
@@ -111,7 +111,8 @@ class Plan:
             wanted += [(max(1, site.stack), *spec.shape) for spec in branch.specs.values()]
         with torch.device("meta"):
             wanted += [p.shape for network in self._networks(init=False).values() for p in network.parameters()]
-        most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * sum(shape_of(p).numel() for p in self.model.parameters())
+        there = sum(shape_of(p).numel() for p in base_parameters(self.model))
+        most = limits.FREE_ELEMENTS + limits.ELEMENTS_SHARE * there
         if (count := sum(map(math.prod, wanted))) > most:
             raise ConfigError(
                 f"the adapter's config asks for {count:,} numbers, absurdly more than its base has: it is damaged, or made to "

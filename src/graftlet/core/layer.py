@@ -243,7 +243,10 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
         return self.methods[name].pack(self.view(name), self.state(name)) if name in self.methods else {}
 
     def unpack(self, name: str, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.methods[name].unpack(self.view(name), given) if name in self.methods else given
+        method = self.methods.get(name)
+        if method is None or type(method).unpack is Method.unpack:  # which needs no view
+            return given
+        return method.unpack(self.view(name), given)
 
     def assign(self, name: str, key: str, value: Tensor) -> None:
         for tensor_name, spec in self.specs[name].items():
@@ -256,8 +259,9 @@ class AdaptedLayer(SharedOut, Together, Scales, Boxes):
                     held.copy_(value)
 
     def check_loaded(self, name: str) -> None:
-        if name in self.methods:
-            self.methods[name].check_loaded(self.view(name))
+        method = self.methods.get(name)
+        if method is not None and type(method).check_loaded is not Method.check_loaded:
+            method.check_loaded(self.view(name))
 
     # forward
 

@@ -52,29 +52,30 @@ def _planned(made: Plan) -> Plan:
     model, config, entry = made.model, made.config, made.entry
     if issubclass(entry.method, (Method, Block)):
         entry.method().complete(config, model)
-    found = _found(made) if _has_modules(config) else []
+    places = list(walk(model))  # once: nothing changes while this plan is made
+    found = _found(made, places) if _has_modules(config) else []
     together = config.ensure_weight_tying or (issubclass(entry.method, Method) and entry.method.follows_ties)
     if together:
-        found += ties.partners(model, found)
-    saved = _saved_places(model, config)
+        found += ties.partners(places, found)
+    saved = _saved_places(places, config)
     if config.ensure_weight_tying:
-        saved += ties.partners(model, saved)
+        saved += ties.partners(places, saved)
     found = [p for p in found if not any(p.path == s.path or p.path.startswith(f"{s.path}.") for s in saved)]
     for place in found:
         made.items += _items(place, config, entry, model)
-    made.items += _parameter_items(model, config.target_parameters or [], config, entry)
+    made.items += _parameter_items(places, config.target_parameters or [], config, entry)
     _deal(made)
     made.items += [Item(p, None, None, Saved) for p in saved]
-    tokens = token_items(model, config, {p.path for p in saved})
+    tokens = _token_items(model, places, config, {p.path for p in saved})
     _check_shells([*made.items, *tokens])
     made.items += tokens
     _check_patterns(made)
     if config.ensure_weight_tying or not together:
-        ties.check(model, [*found, *saved], config.ensure_weight_tying and not tokens)
+        ties.check(places, [*found, *saved], config.ensure_weight_tying and not tokens)
     return made
 
 
-def token_items(model: nn.Module, config: PeftConfig, saved: set[str]) -> list[Item]:
+def _token_items(model: nn.Module, places: list[Place], config: PeftConfig, saved: set[str]) -> list[Item]:
     """`trainable_token_indices`: rows of embeddings that are trained beside whatever else the adapter does.
 
     What shares an input embedding's weight follows it, unless it is named itself or saved whole.
@@ -83,22 +84,22 @@ def token_items(model: nn.Module, config: PeftConfig, saved: set[str]) -> list[I
     if not wanted:
         return []
     entry = lookup("TRAINABLE_TOKENS")
-    named = dict(wanted) if isinstance(wanted, dict) else {_input_embedding(model): wanted}
-    found = {name: _named_place(model, name) for name in named}
+    named = dict(wanted) if isinstance(wanted, dict) else {_input_embedding(model, places): wanted}
+    found = {name: _named_place(places, name) for name in named}
     taken = saved | {p.path for p in found.values()}
     items = []
     for name, place in found.items():
         tokens = entry.config(token_indices=list(named[name]), target_modules=[place.path])
-        follow = ties.partners(model, [place]) if isinstance(site_of(place.bare), Embedding) else []
+        follow = ties.partners(places, [place]) if isinstance(site_of(place.bare), Embedding) else []
         for p in [place, *(f for f in follow if f.path not in taken)]:
             items += [replace(item, shell="token_adapter") for item in _items(p, tokens, entry, model)]
     return items
 
 
-def _input_embedding(model: nn.Module) -> str:
+def _input_embedding(model: nn.Module, places: list[Place]) -> str:
     ask = getattr(model, "get_input_embeddings", None)
     standing: Any = ask() if callable(ask) else None
-    path = next((p.path for p in walk(model) if standing is not None and p.bare is bare(standing)), None)
+    path = next((p.path for p in places if standing is not None and p.bare is bare(standing)), None)
     if path is None:
         raise ConfigError(
             "trainable_token_indices is a list, which means the input embedding, but the model does not say which that "
@@ -107,8 +108,7 @@ def _input_embedding(model: nn.Module) -> str:
     return path
 
 
-def _named_place(model: nn.Module, name: str) -> Place:
-    places = list(walk(model))
+def _named_place(places: list[Place], name: str) -> Place:
     found = [p for p in places if matches(p.path, [name])]
     if not found:
         hint = nearest(name, {p.path.rpartition(".")[2] for p in places})
@@ -129,23 +129,23 @@ def _check_shells(items: list[Item]) -> None:
         )
 
 
-def _found(made: Plan) -> list[Place]:
+def _found(made: Plan, places: list[Place]) -> list[Place]:
     model, config, entry = made.model, made.config, made.entry
-    names = resolve(config, entry, model)
+    names = resolve(config, entry, model, places)
     if not issubclass(entry.method, Block) or entry.method.boxed:
         made.targets = names
-        return targets(model, config, names)
+        return targets(model, config, names, places)
     if not isinstance(names, str):
         (config.target_modules,) = names  # one name, which is no regex; the file records it
-    places = targets(model, config, {str(config.target_modules)})
-    chosen = entry.method().choose([p.path for p in places], config)
-    return [p for p in places if p.path in chosen]
+    found = targets(model, config, {str(config.target_modules)}, places)
+    chosen = entry.method().choose([p.path for p in found], config)
+    return [p for p in found if p.path in chosen]
 
 
 def plan_saved(model: nn.Module, config: PeftConfig, name: str) -> Plan:
     """The same for `modules_to_save` alone: what an adapter that is not in the layers does to a model."""
     made = Plan(model, config, lookup(config.peft_type), name, model)
-    made.items += [Item(p, None, None, Saved) for p in _saved_places(model, config)]
+    made.items += [Item(p, None, None, Saved) for p in _saved_places(list(walk(model)), config)]
     return made
 
 
@@ -189,14 +189,14 @@ def _check_usable(place: Place) -> None:
         raise UnsupportedLayerError(f"{place.path!r}, a {type(place.bare).__name__}, cannot be adapted: {why}.")
 
 
-def _parameter_items(model: nn.Module, wanted: Sequence[str], config: PeftConfig, entry: Entry) -> list[Item]:
+def _parameter_items(places: list[Place], wanted: Sequence[str], config: PeftConfig, entry: Entry) -> list[Item]:
     """The parameters that are meant, in the model's order: so those of one module stand inside each other in a file."""
     if wanted and Parameter not in entry.sites:
         raise UnsupportedLayerError(f"{entry.name} cannot adapt bare parameters (target_parameters={list(wanted)}).")
-    for place in walk(model) if wanted else ():
+    for place in places if wanted else ():
         if any(matches(f"{place.path}.{name.rpartition('.')[2]}", [name]) for name in wanted):
             _check_usable(place)  # a kernel may keep what it takes otherwise than as parameters
-    own = [(p, name, f"{p.path}.{name}") for p in walk(model) for name in p.bare._parameters] if wanted else []
+    own = [(p, name, f"{p.path}.{name}") for p in places for name in p.bare._parameters] if wanted else []
     for name in wanted:
         if not any(matches(path, [name]) for _, _, path in own):
             hint = nearest(name.rpartition(".")[2], {parameter for _, parameter, _ in own})
@@ -234,15 +234,15 @@ def _branch(path: str, site: Site, config: PeftConfig, entry: Entry) -> Branch:
     return Branch(method, config, path, settings, method.params(site, _view(config, site, path, settings)))
 
 
-def _saved_places(model: nn.Module, config: PeftConfig) -> list[Place]:
+def _saved_places(every: list[Place], config: PeftConfig) -> list[Place]:
     wanted = config.modules_to_save
     if not wanted:
         return []
-    places = [p for p in walk(model) if matches(p.path, list(wanted))]
+    places = [p for p in every if matches(p.path, list(wanted))]
     idle = [name for name in wanted if not any(matches(p.path, [name]) for p in places)]
     heads = HEADS_OF.get(str(config.task_type), ())  # all that such a head may be called; a model has one of them
     if unknown := [name for name in idle if name not in heads]:
-        ends = {p.path.rpartition(".")[2] for p in walk(model)}
+        ends = {p.path.rpartition(".")[2] for p in every}
         raise NoMatchingPeftModuleError(
             f"modules_to_save has {unknown[0]!r}, which is no module of the model{nearest(unknown[0], ends) or '.'}"
         )

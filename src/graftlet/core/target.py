@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,8 +33,7 @@ HEADS_OF = {"SEQ_CLS": HEADS, "TOKEN_CLS": HEADS, "QUESTION_ANS": ("qa_outputs",
 """The heads that a task trains along with an adapter, by all names that they go by."""
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A module at its path, and where to put what shall stand in for it."""
 
     path: str
@@ -62,7 +60,7 @@ def walk(model: nn.Module) -> Iterator[Place]:
 
 def _inside(path: str, module: nn.Module) -> list[Place]:
     """The places right inside a module, the last one first."""
-    return [Place(below(path, child), inner, module, child) for child, inner in reversed(list(module.named_children()))]
+    return [Place(below(path, n), m, module, n) for n, m in reversed(module._modules.items()) if m is not None]
 
 
 def matches(path: str, names: Names | None) -> bool:
@@ -72,7 +70,7 @@ def matches(path: str, names: Names | None) -> bool:
     if isinstance(names, str):
         return fullmatch(names, path)
     if isinstance(names, (set, frozenset)):
-        return any(end in names for end in endings(path))
+        return not names.isdisjoint(endings(path))
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -97,11 +95,15 @@ def in_layers(path: str, config: PeftConfig) -> bool:
     return index is not None and index in ([wanted] if isinstance(wanted, int) else wanted)
 
 
-def resolve(config: PeftConfig, entry: Entry, model: nn.Module) -> Names:
-    """`target_modules` as names or a regex: `all-linear` written out, None filled from the method's table."""
+def resolve(config: PeftConfig, entry: Entry, model: nn.Module, places: list[Place] | None = None) -> Names:
+    """`target_modules` as names or a regex: `all-linear` written out, None filled from the method's table.
+
+    places: all of the model's, where they are known already.
+    """
     names = config.target_modules
     if isinstance(names, str) and names.lower() == ALL_LINEAR:
-        return shortened(all_linear(model, config), [p.path for p in walk(model)])
+        places = list(walk(model)) if places is None else places
+        return shortened(all_linear(model, places, config), [p.path for p in places])
     if names is not None:
         return names
     kind = model_type(model)
@@ -133,13 +135,13 @@ def vocabulary(model: nn.Module) -> int | None:
     return None if weight is None else shape_of(weight)[0]
 
 
-def all_linear(model: nn.Module, config: PeftConfig) -> set[str]:
-    """The paths of all linear layers but the output head."""
+def all_linear(model: nn.Module, places: list[Place], config: PeftConfig) -> set[str]:
+    """The paths of all linear layers but the output head, of all places of a model."""
     head: Any = None
     if callable(getter := getattr(model, "get_output_embeddings", None)):
         head = getter()
     names = set()
-    for place in walk(model):
+    for place in places:
         is_head = place.bare is head or (
             config.task_type in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
             and any(part in HEADS for part in place.path.split("."))
@@ -161,12 +163,12 @@ def shortened(paths: set[str], all_paths: Iterable[str]) -> set[str]:
     return {next((end for end in reversed(list(endings(path))) if end not in others), path) for path in paths}
 
 
-def targets(model: nn.Module, config: PeftConfig, names: Names) -> list[Place]:
-    """The places that a config means, in the model's order.
+def targets(model: nn.Module, config: PeftConfig, names: Names, places: list[Place] | None = None) -> list[Place]:
+    """The places that a config means, in the model's order. places: all of the model's, where they are known already.
 
     Raises `NoMatchingPeftModuleError`, with the nearest names there are, where nothing matches.
     """
-    places = list(walk(model))
+    places = list(walk(model)) if places is None else places
     _check_regexes(config, len(places))
     named = [p for p in places if matches(p.path, names)]
     _check_layers(config, named)

@@ -89,13 +89,14 @@ class Boxes(nn.Module):
 
     def put(self, adapter: str, tensor_name: str, tensor: Tensor, spec: Spec) -> None:
         """Hold one tensor of an adapter in its box."""
-        box, entry = split(tensor_name)
+        box_name, entry = split(tensor_name)
+        box = self._box(box_name)
         if entry is None:
-            self._box(box).put(adapter, tensor, spec.persistent)
+            box.put(adapter, tensor, spec.persistent)
             return
-        if adapter not in self._box(box):
-            self._box(box).put(adapter, Leaf())
-        self._box(box)[adapter].put(entry, tensor, spec.persistent)
+        if adapter not in box:
+            box.put(adapter, Leaf())
+        box[adapter].put(entry, tensor, spec.persistent)
 
     def tensor(self, adapter: str, tensor_name: str) -> Tensor:
         """One tensor of an adapter, by its name in memory."""

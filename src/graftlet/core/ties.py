@@ -27,13 +27,18 @@ class Group:
 
 def tied(model: nn.Module) -> list[Group]:
     """The groups of places that share one parameter of the base model, by the model's own paths."""
-    groups: dict[int, Group] = {}
-    for place in walk(model):
+    return _tied(walk(model))
+
+
+def _tied(places: Iterable[Place]) -> list[Group]:
+    uses: dict[int, list[tuple[nn.Parameter, str, str]]] = {}
+    for place in places:
         module = place.bare
         for name, parameter in () if isinstance(module, Common) else module._parameters.items():
             if parameter is not None:
-                groups.setdefault(id(parameter), Group(parameter)).places.append((place.path, name))
-    return [group for group in groups.values() if len(group.places) > 1]
+                uses.setdefault(id(parameter), []).append((parameter, place.path, name))
+    shared = [found for found in uses.values() if len(found) > 1]
+    return [Group(found[0][0], [(path, name) for _, path, name in found]) for found in shared]
 
 
 def retie(model: nn.Module, groups: list[Group]) -> bool:
@@ -56,21 +61,22 @@ def retie(model: nn.Module, groups: list[Group]) -> bool:
     return whole
 
 
-def partners(model: nn.Module, found: Iterable[Place]) -> list[Place]:
-    """The other places whose weight is one of these places'."""
-    found = list(found)
+def partners(places: list[Place], found: list[Place]) -> list[Place]:
+    """Of all places of a model, the others whose weight is one of these places'."""
     weights = {id(p.bare._parameters.get("weight")) for p in found} - {id(None)}
     known = {id(p.bare) for p in found}
-    return [p for p in walk(model) if id(p.bare) not in known and id(p.bare._parameters.get("weight")) in weights]
+    return [p for p in places if id(p.bare) not in known and id(p.bare._parameters.get("weight")) in weights]
 
 
-def check(model: nn.Module, adapted: Iterable[Place], together: bool) -> None:
+def check(places: list[Place], adapted: Iterable[Place], together: bool) -> None:
     """Warn where a place shares its weight with an embedding or head that is not adapted just as it is.
 
-    together: the config asks for that, so there must be something to do it on.
+    places: all of the model's. together: the config asks for that, so there must be something to do it on.
     """
     wanted = {id(p.bare): p for p in adapted}
-    groups = {id(g.parameter): [path for path, _ in g.places] for g in tied(model) if _has_embedding(model, g)}
+    modules = {p.path: p.bare for p in places}
+    shared = [(id(group.parameter), [path for path, _ in group.places]) for group in _tied(places)]
+    groups = {key: paths for key, paths in shared if any(isinstance(site_of(modules[p]), Embedding) for p in paths)}
     hit = [p for p in wanted.values() if id(p.bare._parameters.get("weight")) in groups]
     if together and not hit:
         why = "no adapted layer is one of those that share a weight" if groups else "no layers of the model share one"
@@ -83,8 +89,3 @@ def check(model: nn.Module, adapted: Iterable[Place], together: bool) -> None:
             "once it is merged. ensure_weight_tying=True adapts them alike, where the method can.",
             stacklevel=6,
         )
-
-
-def _has_embedding(model: nn.Module, group: Group) -> bool:
-    places = {p.path: p for p in walk(model)}
-    return any(isinstance(site_of(places[path].bare), Embedding) for path, _ in group.places)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from .collecting import uncollected
 from .combine import Fit
 from .context import current
 from .dense import dequantised
-from .host import check_known, check_name, home_of, hosts, modules
+from .host import base_parameters, check_known, check_name, home_of, hosts
 from .inject import Plan
 from .layer import AdaptedLayer
 from .method import Allocator, Method
@@ -380,12 +379,6 @@ class Before:
             replication.restore(self.model)
         for parameter, flag in self.flags:
             parameter.requires_grad_(flag)
-
-
-def base_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that are no adapter's in a box: as many, whatever the number of adapters."""
-    for module in modules(model):
-        yield from (p for p in module._parameters.values() if p is not None)
 
 
 def _untie(model: nn.Module) -> None:

@@ -491,9 +491,13 @@ def site_of(module: nn.Module) -> Site | None:
 
     A class of a quantised back end that derives from none of them is a linear layer.
     """
-    for base in type(module).__mro__:
-        name = qualified(base)
-        for kind in KINDS:
-            if name in kind.kinds:
-                return kind(module)
-    return Linear(module) if packed(module) and unusable(module) is None else None
+    kind = _kind_of(type(module))
+    if kind is None and packed(module) and unusable(module) is None:
+        kind = Linear
+    return None if kind is None else kind(module)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind_of(module: type) -> type[Site] | None:
+    names = map(qualified, module.__mro__)
+    return next((kind for name in names for kind in KINDS if name in kind.kinds), None)
