@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graftlet
+from graftlet.core import settled
 from graftlet.core.kernel import kernels
 from graftlet.core.layer import AdaptedLayer
 
@@ -106,6 +108,24 @@ def test_whatever_changes_is_seen(kind: str) -> None:
             change()
             assert off(model(x), by_weight(model, x)) < 1e-6
         assert off(model(x), last) > 0.1
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("learns", [False, True])
+def test_wide_inputs_have_the_update_before_the_product(
+    kind: str, learns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settled, "WIDE", 1)
+    for dtype, bias in itertools.product((torch.float32, torch.bfloat16), (True, False)):
+        model, x = built(kind, bias, dtype, learns), torch.randn(2, 3, 24, dtype=dtype)
+        model = model if learns else frozen(model)
+        calls: list[int] = []
+        before = nn.Linear.forward
+        with monkeypatch.context() as at, torch.no_grad():
+            at.setattr(nn.Linear, "forward", lambda own, x, at=calls, before=before: (at.append(1), before(own, x))[1])
+            y = model(x)
+            assert len(calls) == (kind == "dora" and not learns)  # a gain is of the layer's own output
+            assert off(y, by_weight(model, x)) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_what_an_optimiser_writes_without_a_trace_is_seen_while_the_adapter_learns() -> None:

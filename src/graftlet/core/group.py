@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..weights.product import Product
 from .algebra import Factors
 from .kernel import HALVES, autocasts, fast_rows, kernels
 
@@ -37,20 +38,33 @@ class Group:
         B = torch.stack([pad(f.B[0], (0, r - f.B.shape[2])) * f.scale for f in parts])
         return cls(A, B, dtype)
 
-    def lean(self, x: Tensor, y: Tensor) -> bool:
-        """Whether the products may be made in the layer's own half precision, and summed into its output as it is."""
-        half = x.is_cuda and x.dtype in HALVES and y.dtype == x.dtype
-        return half and self.gain is None and not torch.is_grad_enabled() and bool(kernels())
+    def lean(self, x: Tensor) -> bool:
+        """Whether the products may be made in an input's own half precision, and summed into the output as it is."""
+        half = x.is_cuda and x.dtype in HALVES and self.gain is None
+        return half and not torch.is_grad_enabled() and bool(kernels())
 
-    def added_to(self, y: Tensor, x: Tensor, owner: Tensor) -> Tensor:
-        """The output y, which is written over, with what is added for each row by the adapter of its owner's number."""
+    def on(
+        self, x: Tensor, owner: Tensor, whole: Callable[[Tensor], Tensor], product: Callable[[], Product | None]
+    ) -> Tensor:
+        """The layer's output for rows `x [n, ..., in]`, with what the adapter of its owner's number adds to each.
+
+        whole: calls the layer without adapters. product: what that is, where it is just a product with its weight.
+        """
         A, B, into, out_of = self._narrow(x.dtype)
-        count = x.shape[0]
-        rows, out = x.reshape(count, -1, x.shape[-1]), y.view(count, -1, y.shape[-1])
-        if fast_rows(out, rows, A, B, owner) is None:
+        count, wide = x.shape[0], x.numel() > x.shape[0] * x.shape[-1]
+        rest = fast_rows(x, A, B, owner)
+        own = product() if wide or rest is not None else None  # else it is the host's time that counts
+        if rest is None:
             if A.shape[0] < count:  # as many adapters as rows are in the rows' order
                 into, out_of = into.index_select(0, owner), out_of.index_select(0, owner)
-            out.baddbmm_(torch.bmm(rows, into), out_of)
+            rest = _spread(torch.bmm(x.reshape(count, -1, x.shape[-1]), into), out_of)
+        if own is None or own.dtype != x.dtype or not isinstance(own.W, Tensor):
+            y = whole(x)
+            rest(_rows(y), _rows(y))
+            return y
+        y = x.new_empty(*x.shape[:-1], B.shape[1])
+        rest(out := _rows(y), None if own.b is None else own.b.expand_as(out))
+        y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), own.W.t())  # the sum is read where it is written
         return y
 
     def _narrow(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -74,3 +88,22 @@ class Group:
             return y
         gain = self.gain.index_select(0, owner).reshape(len(x), *[1] * (x.dim() - 2), -1)
         return plain() * (gain - 1) + y * gain
+
+
+def _spread(h: Tensor, out_of: Tensor) -> Callable[[Tensor, Tensor | None], None]:
+    """The second thin product of rows, to be called with `y [n, tokens, out]`, and what it begins with; None: nothing."""
+
+    def rest(y: Tensor, start: Tensor | None) -> None:
+        if start is None:
+            torch.bmm(h, out_of, out=y)
+        elif y.dtype == h.dtype:
+            torch.baddbmm(start, h, out_of, out=y)
+        else:  # a layer that gives another dtype than it is given
+            torch.add(start, torch.bmm(h, out_of), out=y)
+
+    return rest
+
+
+def _rows(y: Tensor) -> Tensor:
+    """`[n, tokens, features]`, of the very memory."""
+    return y.view(y.shape[0], -1, y.shape[-1])

@@ -32,7 +32,7 @@ KERNELS: dict[str, list[str]] = {
     "thin": ["graftlet.kernels.lowrank:product_of"],
     "product": ["graftlet.kernels.half:product"],
     "map": ["graftlet.kernels.half:mapped"],
-    "rows": ["graftlet.kernels.rows:added"],
+    "rows": ["graftlet.kernels.rows:begun"],
     "gain": ["graftlet.kernels.gain:gained"],
     "regain": ["graftlet.kernels.gain:regained"],
     "norms": ["graftlet.kernels.gain:norms"],
@@ -85,9 +85,11 @@ def fast_map(method: InputMap, p: View, v: Tensor) -> Tensor | None:
     return _first("map", method, p, v)
 
 
-def fast_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tensor | None:
-    """A layer's output `[n, tokens, out]`, written over, with what its row's adapter adds; None where no kernel serves."""
-    return _first("rows", y, x, A, B, owner)
+def fast_rows(x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Callable[[Tensor, Tensor | None], None] | None:
+    """What each row's adapter makes of a layer's input `[n, ..., in]`, begun by the first kernel that serves; None where none
+    does. It is to be called with the output `[n, tokens, out]`, which it is written to, and what it is added to.
+    """
+    return _first("rows", x, A, B, owner)
 
 
 def fast_gain(z: Tensor, gain: Tensor) -> Tensor | None:

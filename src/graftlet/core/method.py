@@ -371,9 +371,9 @@ class Delta(Adding):
 
     def settled(self, p: View, before: Stage) -> Settled | None:
         thin = self.thin(p)
-        if thin is None or thin.rate or before.product() is None:
+        if thin is None or thin.rate or (product := before.product()) is None:
             return None
-        return Settled(thin.A.t(), thin.B.t(), thin.scale)
+        return Settled(thin.A.t(), thin.B.t(), thin.scale, product=product)
 
     def lean(self, p: View, before: Stage) -> Lean | None:
         return lean(self.thin(p), before.product(), p.casts) if type(self).forward is Adding.forward else None

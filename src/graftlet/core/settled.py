@@ -39,7 +39,7 @@ class Settled:
     """An adapter that makes `(y + scale (x A) B) gain + (b - b gain)` of a linear layer's output `y = x W^T + b`.
 
     A: `[in, r]`. B: `[r, out]`; the adapter's own tensors, unless its method `derives` such, until it is made `ready`. gain:
-    `[out]`, or None. shift: `b - b gain`, or None where that is nothing.
+    `[out]`, or None. shift: `b - b gain`, or None where that is nothing. product: what the layer is, where that is known.
     """
 
     A: Tensor
@@ -47,14 +47,20 @@ class Settled:
     scale: float = 1.0
     gain: Tensor | None = None
     shift: Tensor | None = None
+    product: Product | None = None
 
     def ready(self, dtype: torch.dtype) -> Settled:
         """The same with tensors of its own, for inputs of a dtype."""
         B = self.B if self.gain is None else self.B * self.gain
         return replace(self, A=self.A.to(dtype), B=B.to(dtype))
 
-    def on(self, y: Tensor, x: Tensor) -> Tensor:
-        """What the adapter makes of the layer's output `y [..., out]`, which is written over, for its input `x [..., in]`."""
+    def on(self, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output with the adapter for the layer's input `x [..., in]`. base: calls the layer."""
+        if self.gain is None and self.product is not None and x.numel() >= WIDE:
+            y = fast_thin(x, Thin(self.A.t(), self.B.t(), self.scale), self.product, True)
+            if y is not None:
+                return y
+        y = base(x)
         if self.gain is not None:
             y.mul_(self.gain)
         if self.shift is not None:
@@ -62,3 +68,9 @@ class Settled:
         h = x.reshape(-1, x.shape[-1]) @ self.A.to(x.dtype)
         y.view(-1, y.shape[-1]).addmm_(h, self.B.to(x.dtype), alpha=self.scale)
         return y
+
+
+WIDE = 1 << 22
+"""From how many numbers of the input on the device's time counts, and the update goes before the product: it is read where
+the sum is written, while products are made.
+"""

@@ -104,7 +104,7 @@ class Together(AdapterHost):
 
         key = (name, x.dtype, learns, self.training, self.cast_input_dtype_enabled)
         settled = self._lone.get(key, x.device, lambda: self._over((name,)), make)
-        return None if settled is None else settled.on(self.call_base(x), x)
+        return None if settled is None else settled.on(x, self.call_base)
 
     def _in_training(self, name: str, x: Any) -> Tensor | None:
         """In training: what there is to find out about the layer is found out once."""
@@ -130,9 +130,10 @@ class Together(AdapterHost):
             return None
         count = x.shape[0]  # tensors' `len` is slow
         rows, owner = call.which(names, count, x.device)
-        every, y = rows.shape[0] == count, whole(x)
-        if every and group.lean(x, y):
-            return group.added_to(y, x, owner)
+        every = rows.shape[0] == count
+        if every and group.lean(x):
+            return group.on(x, owner, whole, whole.product)
+        y = whole(x)
 
         def plain() -> Tensor:
             own, b = y if every else y.index_select(0, rows), whole.bias()

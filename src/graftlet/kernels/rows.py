@@ -7,12 +7,12 @@ ready in the calls that warm up for a graph, which run on a stream of their own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..core.kernel import capturing, in_triton, on_device_of
+from ..core.kernel import capturing, in_triton, on_device_of, stream_of
 
 LARGEST = 128
 """The largest rank that the tiles are made for."""
@@ -20,15 +20,23 @@ LARGEST = 128
 _ready: set[tuple[Any, ...]] = set()
 
 
-def added(y: Tensor, x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Tensor | None:
-    """y `[n, 1, m]`, written over, with what each row's adapter adds; None where the plain way is as good."""
-    if not x.is_cuda or x.shape[1] != 1 or A.shape[1] > LARGEST or not (kernel := in_triton("rows_triton")):
+def begun(x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Callable[[Tensor, Tensor | None], None] | None:
+    """What each row's adapter makes of x `[n, ..., k]`, as far as the thin product. The rest is to be called with y
+    `[n, 1, m]`, which it is written to, and what it is added to. None where the plain way is as good.
+    """
+    if not x.is_cuda or x.numel() != x.shape[0] * x.shape[-1] or x.stride(-1) != 1 or A.shape[1] > LARGEST:
         return None
-    key = (x.dtype, x.device, A.shape[1:], B.shape[1], x.stride(0), y.stride(0))
-    warms_up = torch._C._cuda_getCurrentRawStream(x.device.index) != 0  # the default stream
-    if not (key in _ready if capturing(x.device) else warms_up):
+    rows, kernel = x.view(x.shape[0], x.shape[-1]), in_triton("rows_triton")
+    key = (x.dtype, x.device, A.shape[1:], B.shape[1], rows.stride(0))
+    warms_up = stream_of(x.device) != 0  # the default stream
+    if kernel is None or not (key in _ready if capturing(x.device) else warms_up):
         return None
     _ready.add(key)
     with on_device_of(x):
-        kernel.added(y[:, 0], x[:, 0], A, B, owner)
-    return y
+        h = kernel.shrunk(rows, A, owner)
+
+    def rest(y: Tensor, start: Tensor | None) -> None:
+        with on_device_of(y):
+            kernel.expand(y[:, 0], None if start is None else start[:, 0], h, B, owner)
+
+    return rest
