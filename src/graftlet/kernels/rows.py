@@ -24,12 +24,14 @@ def begun(x: Tensor, A: Tensor, B: Tensor, owner: Tensor) -> Callable[[Tensor, T
     """What each row's adapter makes of x `[n, ..., k]`, as far as the thin product. The rest is to be called with y
     `[n, 1, m]`, which it is written to, and what it is added to. None where the plain way is as good.
     """
-    if not x.is_cuda or x.numel() != x.shape[0] * x.shape[-1] or x.stride(-1) != 1 or A.shape[1] > LARGEST:
+    if not x.is_cuda or stream_of(x.device) == 0:  # the default stream
         return None
-    rows, kernel = x.view(x.shape[0], x.shape[-1]), in_triton("rows_triton")
+    count, k = x.shape[0], x.shape[-1]
+    if not 0 < x.numel() == count * k or x.stride(-1) != 1 or A.shape[1] > LARGEST:
+        return None
+    rows, kernel = x.view(count, k), in_triton("rows_triton")
     key = (x.dtype, x.device, A.shape[1:], B.shape[1], rows.stride(0))
-    warms_up = stream_of(x.device) != 0  # the default stream
-    if kernel is None or not (key in _ready if capturing(x.device) else warms_up):
+    if kernel is None or (key not in _ready and capturing(x.device)):
         return None
     _ready.add(key)
     with on_device_of(x):
