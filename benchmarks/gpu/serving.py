@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +150,39 @@ def rows_of_one_token() -> None:
     print(f"rows of one token: {'passed' if worst < 4e-3 else 'FAILED'}, off by {worst:.1e} at most", flush=True)
 
 
+def rows_of_a_batch() -> None:
+    """The products that are summed into a layer's output, on the default stream and on one that warms up for a graph, with the
+    layer as a product and as a call, against double precision.
+    """
+    from graftlet.core.group import Group
+    from graftlet.weights.product import Product
+
+    worst = 0.0
+    for (tokens, adapters, bias), stream in itertools.product(
+        [(1, 6, True), (1, 4, False), (5, 6, False), (5, 4, True)], [torch.cuda.default_stream(), torch.cuda.Stream()]
+    ):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), torch.device(DEVICE):
+            x, W, b = (torch.randn(*sizes, dtype=torch.bfloat16) for sizes in ((6, tokens, 1024), (768, 1024), (768,)))
+            A, B = torch.randn(adapters, 16, 1024), torch.randn(adapters, 768, 16)
+            owner = torch.arange(6) % adapters
+            plain = (x.double() @ W.double().t()) + (b.double() if bias else 0)
+            right = plain + x.double() @ A[owner].double().mT @ B[owner].double().mT
+            layer = partial(torch.nn.functional.linear, weight=W, bias=b if bias else None)
+            for product in (Product(W, b if bias else None, x.dtype), None):
+                y = Group(A, B).on(x, owner, layer, lambda product=product: product)
+                worst = max(worst, float((y.double() - right).norm() / right.norm()))
+        torch.cuda.current_stream().wait_stream(stream)
+    print(f"rows of a batch: {'passed' if worst < 6e-3 else 'FAILED'}, off by {worst:.1e} at most", flush=True)
+
+
 def graphs(key: str, library: Any, model: Any) -> list[Row]:
     """32 rows, of 1 and of 128 tokens, in a CUDA graph: the base, one active, 8 and 32 mixed; each beside an eager call."""
     rows: list[Row] = []
     if key != "graftlet":  # a failed capture may leave the device unusable for all that follows
         return rows
     rows_of_one_token()
+    rows_of_a_batch()
     model.eval()
     made = filled(library.get_peft_model(model, config(library, 16), "a0"))
     for i in range(1, COUNT):
