@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +74,23 @@ def test_an_output_that_was_given_is_written_over_alone() -> None:
     assert off(given, right) < 1e-6
     assert off(made.on(x, owner, lambda _: given, lambda: Product(W, b, x.dtype)), right) < 1e-6
     assert all(torch.equal(t, was) for t, was in zip((x, W, b), before, strict=True))
+
+
+def test_it_is_for_inputs_in_half_precision_that_nobody_else_sees_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = group()
+
+    def lean(dtype: torch.dtype, made: Group = made) -> bool:
+        on_a_gpu: Any = SimpleNamespace(is_cuda=True, is_meta=False, dtype=dtype, device=torch.device("cuda"))
+        return made.lean(on_a_gpu)
+
+    with torch.no_grad():
+        assert lean(torch.bfloat16)
+        assert lean(torch.float16)
+        assert not lean(torch.float32)
+        assert not lean(torch.bfloat16, replace(made, gain=torch.ones(ADAPTERS, OUT)))
+        assert not made.lean(torch.randn(4, IN, dtype=torch.bfloat16))
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+        assert lean(torch.bfloat16)
+        assert not lean(torch.float16)
+    assert not lean(torch.bfloat16)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ..weights.product import Product
 from .algebra import Factors
-from .kernel import HALVES, autocasts, fast_rows, kernels
+from .kernel import HALVES, autocasts, fast_rows, kernels, transformed
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Group:
     def lean(self, x: Tensor) -> bool:
         """Whether the products may be made in an input's own half precision, and summed into the output as it is."""
         half = x.is_cuda and x.dtype in HALVES and self.gain is None
-        return half and not torch.is_grad_enabled() and bool(kernels())
+        if not half or torch.is_grad_enabled() or transformed() or not kernels():
+            return False
+        return not autocasts(x) or torch.get_autocast_dtype(x.device.type) == x.dtype
 
     def on(
         self, x: Tensor, owner: Tensor, whole: Callable[[Tensor], Tensor], product: Callable[[], Product | None]
