@@ -55,12 +55,7 @@ def seconds(work: Callable[[], Any], rounds: int = 5, warmups: int = 1) -> float
 
 def loop() -> float:
     """Milliseconds that the host takes for a loop of Python's own: hosts differ, and so does what else they do."""
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        sum(i * i for i in range(300_000))
-        times.append(1000 * (time.perf_counter() - start))
-    return round(statistics.median(times), 1)
+    return round(1000 * seconds(lambda: sum(i * i for i in range(300_000)), 9), 1)
 
 
 def config(library: Any, r: int) -> Any:
